@@ -1,0 +1,1 @@
+"""Proof: entries, the Merkle log over them, signed checkpoints, verification."""

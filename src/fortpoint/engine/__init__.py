@@ -1,0 +1,1 @@
+"""Runs the model: protocol, embedded worker process, client."""

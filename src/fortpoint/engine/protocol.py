@@ -1,0 +1,201 @@
+"""What gateway and engine say to each other over the Unix socket.
+
+A frame is four bytes of big-endian length and that many bytes of MessagePack, one struct of
+``Request`` (to the engine) or ``Event`` (from it). Requests of one connection are
+multiplexed by ``id``, which the client chooses. Every stream of events for an ``id`` ends
+with exactly one ``Done``, ``Failed``, ``Scanned`` or ``Embedded``. A connection that closes
+cancels everything it asked for.
+
+    -> Generate(id="r1", messages=..., hold=True)
+    <- Prefilled(id="r1", n_prompt_tokens=31, reading=...)     the guard decides here
+    -> Proceed(id="r1")                                        or Cancel(id="r1")
+    <- Token(id="r1", choice=0, text="Hel") ...
+    <- Finished(id="r1", choice=0, reason="stop")
+    <- Done(id="r1", usage=...)
+
+Not protected here: the socket is a file that only the product's own user may open
+(mode 0600); whoever can open it can use the model without the gateway's checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal
+
+import msgspec
+
+from fortpoint.errors import EngineError
+from fortpoint.types import Message, Reading, Usage
+
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How to choose tokens. ``temperature`` 0 is greedy; ``logprobs`` None means none."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Prefill, then (after ``Proceed`` when ``hold``) decode.
+
+    Exactly one of ``messages`` (rendered with the chat template) and ``prompt`` (raw text,
+    counted as the user's) is given. ``read`` asks for the probes' ``Reading``.
+    """
+
+    id: str
+    sampling: Sampling
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    read: bool = True
+    hold: bool = True
+
+
+class Scan(msgspec.Struct, frozen=True, tag=True):
+    """Prefill only, for a ``Reading``."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+
+class Embed(msgspec.Struct, frozen=True, tag=True):
+    """One vector a text: the mean over tokens of the last layer's residual stream (normed)."""
+
+    id: str
+    texts: tuple[str, ...]
+
+
+class Proceed(msgspec.Struct, frozen=True, tag=True):
+    id: str
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Free the request's place at once. Unknown ids are ignored."""
+
+    id: str
+
+
+class Describe(msgspec.Struct, frozen=True, tag=True):
+    id: str
+
+
+class Prefilled(msgspec.Struct, frozen=True, tag=True):
+    id: str
+    n_prompt_tokens: int
+    reading: Reading | None
+
+
+class Token(msgspec.Struct, frozen=True, tag=True):
+    """Text that is ready to leave. It may be empty (part of a character or of a stop string).
+
+    ``logprob`` and ``top`` (token text to log-probability) only where asked for.
+    """
+
+    id: str
+    choice: int
+    text: str
+    token: str | None = None
+    logprob: float | None = None
+    top: dict[str, float] | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    id: str
+    choice: int
+    reason: FinishReason
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The end of a generation. ``usage.completion`` sums over choices."""
+
+    id: str
+    usage: Usage
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """This request failed; ``code`` is one of ``errors.py``'s."""
+
+    id: str
+    code: str
+    message: str
+
+
+class Scanned(msgspec.Struct, frozen=True, tag=True):
+    id: str
+    usage: Usage
+    reading: Reading
+
+
+class Embedded(msgspec.Struct, frozen=True, tag=True):
+    id: str
+    usage: Usage
+    vectors: tuple[tuple[float, ...], ...]
+
+
+class Description(msgspec.Struct, frozen=True, tag=True):
+    """What runs: answers ``Describe``. ``protections`` maps a name to on or off."""
+
+    id: str
+    model: str
+    digest: str
+    architecture: str
+    dtype: str
+    max_context: int
+    created: int
+    pid: int
+    running: int
+    waiting: int
+    protections: dict[str, bool]
+
+
+Request = Generate | Scan | Embed | Proceed | Cancel | Describe
+Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Description
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+
+
+def encode(message: Request | Event) -> bytes:
+    """One frame."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise EngineError("a message to or from the engine was too large")
+    return len(body).to_bytes(4, "big") + body
+
+
+async def read_request(reader: asyncio.StreamReader) -> Request | None:
+    """The next request, or None at the end of the stream. Raises ``EngineError``."""
+    body = await _read_frame(reader)
+    try:
+        return None if body is None else _request_decoder.decode(body)
+    except msgspec.MsgspecError:
+        raise EngineError("the engine was sent a message it does not know") from None
+
+
+async def read_event(reader: asyncio.StreamReader) -> Event | None:
+    """The next event, or None at the end of the stream. Raises ``EngineError``."""
+    body = await _read_frame(reader)
+    try:
+        return None if body is None else _event_decoder.decode(body)
+    except msgspec.MsgspecError:
+        raise EngineError("the engine sent a message that is not known") from None
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> bytes | None:
+    try:
+        header = await reader.readexactly(4)
+        n_bytes = int.from_bytes(header, "big")
+        if n_bytes > MAX_FRAME_BYTES:
+            raise EngineError("a message to or from the engine was too large")
+        return await reader.readexactly(n_bytes)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None

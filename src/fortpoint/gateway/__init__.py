@@ -1,0 +1,1 @@
+"""The HTTP edge: OpenAI wire format in, one readable path, OpenAI wire format out."""

@@ -1,0 +1,84 @@
+"""Types that cross rooms: a conversation, what the engine read inside the model, a verdict.
+
+Engine and guard do not import each other; what one reads and the other judges travels as
+the types here. They hold plain values only, so that they can cross a process boundary.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+import msgspec
+
+
+class Role(StrEnum):
+    """Who wrote a token. ``TEMPLATE`` marks the tokens that the chat template adds."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+    TEMPLATE = "template"
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation. ``role`` is never ``TEMPLATE``."""
+
+    role: Role
+    content: str
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """Prompt tokens ``start`` (inclusive) to ``end`` (exclusive) and who wrote them.
+
+    ``message`` is the index of the message they come from, -1 for template tokens.
+    """
+
+    role: Role
+    message: int
+    start: int
+    end: int
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """What the linear probes read in the residual stream during one prefill.
+
+    ``logits`` is a C-ordered little-endian float32 array of shape
+    ``[n_tokens, len(probes)]``: one logit for each prompt token and probe. ``segments``
+    cover all ``n_tokens`` in order.
+    """
+
+    probes: tuple[str, ...]
+    n_tokens: int
+    logits: bytes
+    segments: tuple[Segment, ...]
+
+
+class Score(msgspec.Struct, frozen=True):
+    """One detector's judgement: a calibrated probability, where it was found, its threshold."""
+
+    detector: str
+    score: float
+    threshold: float
+    role: Role
+    flagged: bool
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """The guard's decision on one text or prompt.
+
+    ``failed`` is never a pass: the request is refused with ``guard_failed``. ``scores`` has
+    the highest score of each detector; ``detector`` names the one that decided a block.
+    """
+
+    action: Literal["allow", "block", "failed"]
+    detector: str | None
+    scores: tuple[Score, ...]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Token counts of one request; ``prompt`` counts template tokens too."""
+
+    prompt: int = 0
+    completion: int = 0

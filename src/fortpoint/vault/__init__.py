@@ -1,0 +1,1 @@
+"""Weights at rest: where they come from, their digest, their conversion."""
