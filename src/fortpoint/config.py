@@ -30,7 +30,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A part of the tree. Fields carry their description in ``Meta``."""
 
 
-class Server(_Section):
+class Server(_Section, frozen=True, kw_only=True):
     """The HTTP edge and its limits."""
 
     host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
@@ -43,7 +43,8 @@ class Server(_Section):
     ] = 256 * 1024
     max_messages: Annotated[int, Meta(ge=1, description="Most messages in a request.")] = 256
     max_inputs: Annotated[
-        int, Meta(ge=1, description="Most texts in one embeddings, completions or moderations call.")
+        int,
+        Meta(ge=1, description="Most texts in one embeddings, completions or moderations call."),
     ] = 32
     max_n: Annotated[int, Meta(ge=1, le=64, description="Most answers to one prompt (`n`).")] = 8
     default_max_tokens: Annotated[
@@ -57,7 +58,7 @@ class Server(_Section):
     ] = 300.0
 
 
-class Engine(_Section):
+class Engine(_Section, frozen=True, kw_only=True):
     """The process that holds the weights."""
 
     model: Annotated[
@@ -65,12 +66,15 @@ class Engine(_Section):
     ] = "smollm2-135m"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Meta(description="Weights' precision; `auto` times both on this machine and takes the faster."),
+        Meta(description="Weights' precision; `auto` times both here and takes the faster."),
     ] = "auto"
     threads: Annotated[int, Meta(ge=0, description="Compute threads; 0 means one per core.")] = 0
     max_batch: Annotated[int, Meta(ge=1, le=256, description="Sequences decoded together.")] = 32
     max_context: Annotated[
-        int, Meta(ge=64, description="Longest prompt plus answer in tokens (capped by model and memory).")
+        int,
+        Meta(
+            ge=64, description="Longest prompt plus answer in tokens (capped by model and memory)."
+        ),
     ] = 4096
     kv_cache_mib: Annotated[
         int, Meta(ge=8, description="Memory for attention keys and values, in MiB.")
@@ -87,7 +91,7 @@ class Engine(_Section):
     ] = "best-effort"
 
 
-class Guard(_Section):
+class Guard(_Section, frozen=True, kw_only=True):
     """Detectors and what happens when they fire."""
 
     enabled: Annotated[bool, Meta(description="Judge requests. Off leaves only the audit.")] = True
@@ -96,19 +100,22 @@ class Guard(_Section):
     ] = True
     thresholds: Annotated[
         dict[str, Annotated[float, Meta(ge=0.0, le=1.0)]],
-        Meta(description="Detector name to the score that blocks; the shipped card's where absent."),
-    ] = {}  # noqa: RUF012 - msgspec copies mutable defaults
+        Meta(
+            description="Detector name to the score that blocks; the shipped card's where absent."
+        ),
+    ] = {}
 
 
-class Audit(_Section):
+class Audit(_Section, frozen=True, kw_only=True):
     """The record."""
 
     record_content: Annotated[
-        bool, Meta(description="Also keep prompts and answers in the record, not only their hashes.")
+        bool,
+        Meta(description="Also keep prompts and answers in the record, not only their hashes."),
     ] = False
 
 
-class Config(_Section):
+class Config(_Section, frozen=True, kw_only=True):
     """The whole tree. ``home`` holds all state: database, models, keys of the log."""
 
     home: Annotated[str, Meta(description="Folder of all state.")] = "~/.fortpoint"
