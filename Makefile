@@ -79,12 +79,12 @@ $(BIN)/python:
 # torch comes first and by plain pip: PIP_FIND_LINKS and pip's own settings choose its build.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "[2/3] installing $(TORCH), the largest part (1 to 3 minutes the first time)"
-	@$(PIP) $(if $(MAKE_TERMOUT),,-q) $(TORCH) $$(sed -n '/^setuptools==/p' constraints.txt)
+	@$(PIP) $(if $(MAKE_TERMOUT),,-qq) $(TORCH) $$(sed -n '/^setuptools==/p' constraints.txt)
 	@echo "[3/3] installing the other dependencies (about 1 minute the first time)"
-	@$(PIP) -q --no-build-isolation -e .
+	@$(PIP) -qq --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
 	@echo "installing what the checks and tests need (about 1 minute the first time)"
-	@$(PIP) -q --no-build-isolation -e '.[dev]'
+	@$(PIP) -qq --no-build-isolation -e '.[dev]'
 	@touch $@
