@@ -7,7 +7,9 @@ secret, a path of the host, or another caller's text.
     FortPointError
     ├── InvalidRequest            400 invalid_request
     │   ├── ContextLengthExceeded 400 context_length_exceeded
-    │   └── Unsupported           400 unsupported_parameter
+    │   ├── Unsupported           400 unsupported_parameter
+    │   ├── MethodNotAllowed      405 method_not_allowed
+    │   └── UnsupportedMediaType  415 unsupported_media_type
     ├── ContentBlocked            400 content_filter
     ├── Unauthenticated           401 invalid_api_key
     ├── Forbidden                 403 forbidden
@@ -21,6 +23,7 @@ secret, a path of the host, or another caller's text.
     ├── GuardFailed               503 guard_failed          (a detector failed: closed, not a pass)
     ├── AuditUnavailable          503 audit_unavailable     (the record could not be written)
     ├── StorageError              503 storage_unavailable
+    ├── RequestTimeout            504 request_timeout       (`server.request_timeout_s` is over)
     ├── ConfigError               (terminal) config_invalid
     ├── HomeInUse                 (terminal) home_in_use
     ├── ModelError                (terminal) model_invalid
@@ -59,6 +62,16 @@ class ContextLengthExceeded(InvalidRequest):
 
 class Unsupported(InvalidRequest):
     code = "unsupported_parameter"
+
+
+class MethodNotAllowed(InvalidRequest):
+    code = "method_not_allowed"
+    status = 405
+
+
+class UnsupportedMediaType(InvalidRequest):
+    code = "unsupported_media_type"
+    status = 415
 
 
 class ContentBlocked(FortPointError):
@@ -130,6 +143,11 @@ class AuditUnavailable(FortPointError):
 class StorageError(FortPointError):
     code = "storage_unavailable"
     status = 503
+
+
+class RequestTimeout(FortPointError):
+    code = "request_timeout"
+    status = 504
 
 
 class ConfigError(FortPointError):
