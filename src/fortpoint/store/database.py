@@ -1,0 +1,173 @@
+"""The database: connections, transactions and migrations.
+
+    database = Database.in_home(home)
+    await database.migrate()
+    async with database.begin() as connection:      # one write transaction
+        await connection.execute(insert(tables.keys), ...)
+
+Whatever goes wrong below (a full disk, a lock, a damaged file, a lost server) becomes one
+``StorageError`` whose message names neither SQL nor values.
+
+For SQLite a commit is on disk when ``begin`` returns (WAL, synchronous=FULL), and writers of
+one process wait for each other here instead of polling the file's lock. That also keeps two
+automatic WAL checkpoints of one process from overlapping, which SQLite 3.7.0 to 3.51.2 may
+answer by losing a commit (sqlite.org/wal.html#walresetbug).
+
+Not protected here: whoever may write the file may change it. The file is 0600.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, event, make_url
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from fortpoint.errors import StorageError
+from fortpoint.store import migration
+
+_BUSY_TIMEOUT_S = 10.0
+_POOL_SIZE = 8
+
+# Marks the connections whose transaction will write. SQLite must take its lock at BEGIN:
+# a transaction that reads first and writes later cannot wait for another writer.
+_WRITES = "fortpoint_writes"
+
+_PRAGMAS = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = FULL",
+    "PRAGMA foreign_keys = ON",
+    # A planted schema must not call functions with side effects.
+    "PRAGMA trusted_schema = OFF",
+)
+
+_SQLITE_MESSAGES = {
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_IOERR: "the disk failed to read or write",
+    sqlite3.SQLITE_BUSY: "the database is locked by another process",
+    sqlite3.SQLITE_LOCKED: "the database is locked by another process",
+    sqlite3.SQLITE_CORRUPT: "the database file is damaged",
+    sqlite3.SQLITE_NOTADB: "the database file is not a database",
+    sqlite3.SQLITE_READONLY: "the database cannot be written",
+    sqlite3.SQLITE_PERM: "the database may not be opened",
+    sqlite3.SQLITE_CANTOPEN: "the database cannot be opened",
+}
+
+
+class Database:
+    """A pool of connections to one database, for one event loop. Opens nothing by itself."""
+
+    def __init__(self, path_or_url: str) -> None:
+        url = _url(path_or_url)
+        self.is_sqlite = url.get_backend_name() == "sqlite"
+        self._engine = _sqlite_engine(url) if self.is_sqlite else _server_engine(url)
+        self._writing = self._engine.execution_options(**{_WRITES: True})
+        self._writer = asyncio.Lock() if self.is_sqlite else None
+
+    @classmethod
+    def in_home(cls, home: Path) -> Database:
+        """The database of ``home``, both made if missing and closed to other users."""
+        path = home / "fortpoint.db"
+        try:
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Made here, because SQLite would make it (and its WAL beside it) by the umask.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            path.chmod(0o600)
+        except OSError as error:
+            raise StorageError(f"the database cannot be opened: {error.strerror}") from None
+        return cls(str(path))
+
+    async def migrate(self) -> None:
+        """Bring the tables to this version, in one transaction. Raises ``StorageError``."""
+        async with self.begin() as connection:
+            await connection.run_sync(migration.upgrade)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """One write transaction: committed at the end of the block, undone by an error."""
+        async with self._writer or nullcontext():
+            with _translated():
+                async with self._writing.begin() as connection:
+                    yield connection
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[AsyncConnection]:
+        """Read one consistent snapshot. Nothing written in the block is kept."""
+        with _translated():
+            async with self._engine.connect() as connection:
+                yield connection
+
+    async def close(self) -> None:
+        """Close every connection."""
+        with _translated():
+            await self._engine.dispose()
+
+
+def _url(path_or_url: str) -> URL:
+    if "://" in path_or_url:
+        return make_url(path_or_url)
+    return URL.create("sqlite+aiosqlite", database=path_or_url)
+
+
+def _server_engine(url: URL) -> AsyncEngine:
+    # Values (secrets' hashes, prompts) must not reach a log through an error's text.
+    return create_async_engine(url, hide_parameters=True, pool_pre_ping=True)
+
+
+def _sqlite_engine(url: URL) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        hide_parameters=True,
+        pool_size=_POOL_SIZE,
+        max_overflow=0,
+        connect_args={"timeout": _BUSY_TIMEOUT_S},
+    )
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    # Without this, Python's sqlite3 would begin transactions by itself, late and deferred.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in _PRAGMAS:
+        cursor.execute(pragma)
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise StorageError(_message(error)) from error
+    except sqlite3.Error as error:  # raised while a connection is prepared
+        raise StorageError(_sqlite_message(error)) from error
+    except OSError as error:  # a server that cannot be reached
+        raise StorageError("the database cannot be reached") from error
+
+
+def _message(error: SQLAlchemyError) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    if isinstance(cause, sqlite3.Error):
+        return _sqlite_message(cause)
+    return "the database failed"
+
+
+def _sqlite_message(error: sqlite3.Error) -> str:
+    # The low byte is the primary code, the rest says where (sqlite.org/rescode.html).
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return _SQLITE_MESSAGES.get(code, "the database failed")
