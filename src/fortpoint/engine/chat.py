@@ -39,8 +39,11 @@ class Prompt(msgspec.Struct, frozen=True):
 class ChatTokenizer:
     """A tokenizer with its chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, eos: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, serialized: bytes, template: str | None, eos: frozenset[int]) -> None:
+        self._template_tokenizer = Tokenizer.from_buffer(serialized)
+        self._tokenizer = Tokenizer.from_buffer(serialized)
+        # Text is text: what looks like a special token in a message stays plain characters.
+        self._tokenizer.encode_special_tokens = True
         self._template = None if template is None else _compile(template)
         self.eos = eos
 
@@ -48,12 +51,9 @@ class ChatTokenizer:
     def load(cls, folder: Path) -> ChatTokenizer:
         """From ``tokenizer.json``, ``tokenizer_config.json`` and ``config.json``."""
         config = _read_json(folder / "tokenizer_config.json")
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # Text is text: what looks like a special token in a message stays plain characters.
-        tokenizer.encode_special_tokens = True
         eos = _read_json(folder / "config.json").get("eos_token_id", [])
         return cls(
-            tokenizer,
+            (folder / "tokenizer.json").read_bytes(),
             config.get("chat_template"),
             frozenset(eos if isinstance(eos, list) else [eos]),
         )
@@ -85,11 +85,7 @@ class ChatTokenizer:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def _encode_template(self, text: str) -> list[int]:
-        self._tokenizer.encode_special_tokens = False
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            self._tokenizer.encode_special_tokens = True
+        return self._template_tokenizer.encode(text, add_special_tokens=False).ids
 
     def _render(self, messages: Sequence[Message]) -> str:
         if self._template is None:

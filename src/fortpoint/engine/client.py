@@ -25,7 +25,6 @@ from fortpoint.engine.protocol import (
     Cancel,
     Describe,
     Description,
-    Done,
     Embed,
     Embedded,
     Event,
@@ -110,7 +109,7 @@ class _SocketStream:
         if event is None or isinstance(event, Failed):
             self._end()
             raise _error_of(event)
-        if isinstance(event, Done | Scanned | Embedded | Description):
+        if isinstance(event, protocol.LAST):
             self._end()
         return event
 

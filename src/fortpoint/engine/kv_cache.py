@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fortpoint.errors import EngineError
-
 GROWTH_TOKENS = 128
 
 
@@ -60,12 +58,12 @@ class KVCache:
         self.values = self._grown(self.values, growth)
         return True
 
-    def fork(self) -> KVCache:
-        """A copy of what is filled, or ``EngineError`` when the budget is spent."""
+    def fork(self) -> KVCache | None:
+        """A copy of what is filled; None when the budget is spent."""
         n_layers, n_kv_heads, _, head_dim = self.keys.shape
         copy = KVCache(n_layers, n_kv_heads, head_dim, self.keys.dtype, self._budget)
         if not copy.reserve(self.length):
-            raise EngineError("no memory is free for another answer; ask for a smaller n")
+            return None
         copy.keys[:, :, : self.length] = self.keys[:, :, : self.length]
         copy.values[:, :, : self.length] = self.values[:, :, : self.length]
         copy.length = self.length

@@ -57,6 +57,11 @@ class LinearProbes:
             raise ModelError("the linear probes were made for another model")
         return probes
 
+    @classmethod
+    def none(cls, d_model: int) -> LinearProbes:
+        """No probes: every reading is empty."""
+        return cls((), (), torch.zeros(0, 0, d_model), torch.zeros(0))
+
     def new_logits(self, n_rows: int) -> Tensor:
         """The bias for each row: ``[n_rows, n_probes]``, to which ``add`` adds."""
         return self._b.repeat(n_rows, 1)

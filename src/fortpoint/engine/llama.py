@@ -104,8 +104,8 @@ class Llama:
         """Read ``model.safetensors``; tensors are cast to ``dtype`` one by one."""
         config = LlamaConfig.load(folder)
         try:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                return cls._from_tensors(config, _Weights(file, dtype), max_context)
+            weights = _Weights(folder / "model.safetensors", dtype)
+            return cls._from_tensors(config, weights, max_context)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise ModelError(f"model.safetensors cannot be used: {type(error).__name__}") from None
 
@@ -132,6 +132,13 @@ class Llama:
     @property
     def n_layers(self) -> int:
         return len(self._blocks)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory that the cache of one token takes."""
+        config = self.config
+        values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return values * self.dtype.itemsize
 
     def cache(self, budget: KVBudget) -> KVCache:
         """An empty cache for one sequence."""
@@ -249,13 +256,16 @@ class Llama:
 
 
 class _Weights:
-    def __init__(self, file: safe_open, dtype: torch.dtype) -> None:
+    """The file is opened for each tensor: a map that stays open keeps its pages in memory."""
+
+    def __init__(self, file: Path, dtype: torch.dtype) -> None:
         self._file = file
         self._dtype = dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor.to(self._dtype)
+        with safe_open(self._file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.to(self._dtype, copy=True)
 
     def stacked(self, *names: str) -> Tensor:
         """Several matrices of one input as one, so that one product computes them all."""

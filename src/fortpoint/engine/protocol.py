@@ -159,6 +159,9 @@ class Description(msgspec.Struct, frozen=True, tag=True):
 Request = Generate | Scan | Embed | Proceed | Cancel | Describe
 Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Description
 
+LAST = (Done, Failed, Scanned, Embedded, Description)
+"""Events after which nothing follows for their id."""
+
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
