@@ -1,0 +1,326 @@
+"""The gateway: every route, and the whole path of a request as one list.
+
+    app = create_app(services)        # an ASGI application
+
+Around all of this stands the edge (``edge.py``): it records what ends here without an entry,
+stops what nobody waits for any more, and writes every error in OpenAI's form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+from litestar import Litestar, Request, Response, get, post
+from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp
+
+from fortpoint.access.keys import Principal
+from fortpoint.config import Server
+from fortpoint.engine.protocol import Sampling
+from fortpoint.errors import Forbidden, Unauthenticated
+from fortpoint.gateway import (
+    chat,
+    completions,
+    embeddings,
+    faults,
+    generation,
+    health,
+    judgement,
+    limits,
+    metrics,
+    models,
+    moderations,
+    openapi,
+    page,
+    record,
+    wire,
+)
+from fortpoint.gateway.edge import Edge
+from fortpoint.gateway.exchange import Exchange
+from fortpoint.gateway.generation import Choice, Prompt
+from fortpoint.gateway.services import Services
+from fortpoint.gateway.stream import EventStream, Format, Next
+from fortpoint.types import Message
+
+
+class _Ask(Protocol):
+    """What the path reads of a request to generate, whatever its surface."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def n(self) -> int | None: ...
+    @property
+    def stream(self) -> bool | None: ...
+    @property
+    def stream_options(self) -> wire.StreamOptions | None: ...
+
+
+_A = TypeVar("_A", bound=_Ask)
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class _Surface(Generic[_A]):
+    """One way to ask for text."""
+
+    parse: Callable[[bytes, Server], _A]
+    prompts: Callable[[_A], tuple[Prompt, ...]]
+    sampling: Callable[[_A, Server], Sampling]
+    form: Callable[[str, int, str], Format]
+    prefix: str
+
+
+_CHAT = _Surface(chat.parse, chat.prompts, chat.sampling, chat.ChatFormat, chat.ChatFormat.prefix)
+_COMPLETIONS = _Surface(
+    completions.parse,
+    completions.prompts,
+    completions.sampling,
+    completions.CompletionFormat,
+    completions.CompletionFormat.prefix,
+)
+
+
+async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> ASGIApp:
+    """The path of a request that asks for text."""
+    exchange = Exchange.of(request.scope)
+    services = exchange.services
+    # 1. Access: who asks, before a byte of the body is read; one of its places.
+    await _admit(request, exchange)
+    # 2. Parse, limits first; the model must be the one that is served.
+    ask = surface.parse(await _body(request, exchange), services.config.server)
+    prompts = surface.prompts(ask)
+    sampling = surface.sampling(ask, services.config.server)
+    exchange.model = await services.catalogue.require(ask.model)
+    # 3. The engine prefills and its probes read; the guard reads text and probes, and decides
+    #    before the first token. A refusal leaves here, by ContentBlocked.
+    form = surface.form(
+        surface.prefix + exchange.request_id.removeprefix("req_"),
+        int(exchange.arrived_at),
+        exchange.model.model,
+    )
+    opens = [
+        partial(generation.open_judged, exchange, prompt, sampling, number)
+        for number, prompt in enumerate(prompts)
+    ]
+    if ask.stream:
+        if len(prompts) > 1:
+            await _gather([generation.prejudge(exchange, prompt) for prompt in prompts])
+        # 4. The engine decodes; tokens leave as they come, the last one after its entry.
+        usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
+        return EventStream(exchange, form, await opens[0](), opens[1:], sampling.n, usage)
+    # 4. The engine decodes.
+    answers = await _gather([_answer(exchange, one, sampling.n) for one in opens])
+    choices = [choice for answer in answers for choice in answer]
+    # 5. Audit: the entry is on disk before a byte of the answer leaves.
+    exchange.answers([choice.text for choice in choices])
+    await exchange.record(record.answered(exchange))
+    # 6. Answer.
+    return _json(form.whole(choices, exchange.usage_counts(), exchange.note()))
+
+
+async def _answer(exchange: Exchange, opened: Next, n: int) -> list[Choice]:
+    return await generation.collect(exchange, await opened(), n)
+
+
+@post("/v1/chat/completions", status_code=200)
+async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
+    return await generate(request, _CHAT)
+
+
+@post("/v1/completions", status_code=200)
+async def text_completions(request: Request[Any, Any, Any]) -> ASGIApp:
+    return await generate(request, _COMPLETIONS)
+
+
+@post("/v1/embeddings", status_code=200)
+async def embed(request: Request[Any, Any, Any]) -> ASGIApp:
+    exchange = Exchange.of(request.scope)
+    services = exchange.services
+    await _admit(request, exchange)
+    ask = embeddings.parse(await _body(request, exchange), services.config.server)
+    exchange.model = await services.catalogue.require(ask.model)
+    embedded = await services.engine.embed(embeddings.texts(ask))
+    exchange.count(prompt=embedded.usage.prompt)
+    data = embeddings.written(ask, embedded.vectors)
+    exchange.answers(data)
+    await exchange.record(record.answered(exchange))
+    usage = embeddings.EmbeddingUsage(exchange.usage.prompt, exchange.usage.prompt)
+    return _json(
+        embeddings.EmbeddingList(
+            data=data, model=exchange.model.model, usage=usage, fortpoint=exchange.note()
+        )
+    )
+
+
+@post("/v1/moderations", status_code=200)
+async def moderate(request: Request[Any, Any, Any]) -> ASGIApp:
+    exchange = Exchange.of(request.scope)
+    services = exchange.services
+    await _admit(request, exchange)
+    ask = moderations.parse(await _body(request, exchange), services.config.server)
+    exchange.model = await services.catalogue.current()
+    results = await _gather(
+        [_moderation(exchange, texts) for texts in moderations.conversations(ask)]
+    )
+    exchange.answers(results)
+    await exchange.record(record.answered(exchange))
+    answer_id = "modr-" + exchange.request_id.removeprefix("req_")
+    return _json(
+        moderations.ModerationList(answer_id, exchange.model.model, results, exchange.note())
+    )
+
+
+async def _moderation(exchange: Exchange, messages: tuple[Message, ...]) -> moderations.Moderation:
+    services = exchange.services
+    reading = None
+    if services.guard is not None and services.config.guard.probes:
+        scanned = await services.engine.scan(messages)
+        exchange.count(prompt=scanned.usage.prompt)
+        reading = scanned.reading
+    return moderations.written(await judgement.require(exchange, messages, reading))
+
+
+@get("/v1/models")
+async def list_models(request: Request[Any, Any, Any]) -> ASGIApp:
+    exchange = Exchange.of(request.scope)
+    await _admit(request, exchange)
+    exchange.model = await exchange.services.catalogue.current()
+    return _json(models.ModelList(data=(models.card(exchange.model),)))
+
+
+@get("/v1/models/{model:path}")
+async def show_model(request: Request[Any, Any, Any], model: str) -> ASGIApp:
+    exchange = Exchange.of(request.scope)
+    await _admit(request, exchange)
+    exchange.model = await exchange.services.catalogue.require(model.lstrip("/"))
+    return _json(models.card(exchange.model))
+
+
+@get("/api/engine")
+async def show_engine(request: Request[Any, Any, Any]) -> ASGIApp:
+    exchange = Exchange.of(request.scope)
+    require(await _admit(request, exchange), "operator")
+    exchange.model = await exchange.services.catalogue.fresh()
+    return _json(models.state(exchange.model))
+
+
+@get("/health/live")
+async def live() -> ASGIApp:
+    return _json(health.Health("live"))
+
+
+@get("/health/ready")
+async def ready(request: Request[Any, Any, Any]) -> ASGIApp:
+    state = await health.readiness(Exchange.of(request.scope).services.catalogue)
+    return _json(state, status=200 if state.status == "ready" else 503)
+
+
+@get("/metrics")
+async def show_metrics(request: Request[Any, Any, Any]) -> ASGIApp:
+    text = Exchange.of(request.scope).services.meter.render()
+    return ASGIResponse(body=text, headers={"content-type": metrics.CONTENT_TYPE})
+
+
+@get("/openapi.json")
+async def show_openapi() -> ASGIApp:
+    return ASGIResponse(body=openapi.document(), media_type="application/json")
+
+
+@get("/")
+async def show_page(request: Request[Any, Any, Any]) -> ASGIApp:
+    services = Exchange.of(request.scope).services
+    state = await health.readiness(services.catalogue)
+    description = await services.catalogue.current() if state.status == "ready" else None
+    detectors = services.guard.detectors if services.guard is not None else None
+    host, port = request.scope["server"] or ("127.0.0.1", None)
+    text = page.render(
+        description, detectors, f"http://{host}:{port}" if port else f"http://{host}"
+    )
+    return ASGIResponse(body=text, headers=page.security_headers(), media_type="text/html")
+
+
+def create_app(services: Services) -> Litestar:
+    """The whole HTTP edge over ``services``."""
+    app = Litestar(
+        route_handlers=[
+            chat_completions,
+            text_completions,
+            embed,
+            moderate,
+            list_models,
+            show_model,
+            show_engine,
+            live,
+            ready,
+            show_metrics,
+            show_openapi,
+            show_page,
+        ],
+        exception_handlers={Exception: _hand_to_edge},
+        openapi_config=None,
+        logging_config=None,
+        debug=False,
+    )
+    app.asgi_handler = Edge(app.asgi_handler, services)
+    return app
+
+
+def require(principal: Principal, role: str) -> None:
+    """Raise ``Forbidden`` unless the principal has this role."""
+    if principal.role != role:
+        raise Forbidden(f"this needs the role {role}; this key has {principal.role}")
+
+
+async def _admit(request: Request[Any, Any, Any], exchange: Exchange) -> Principal:
+    """Name the principal and take one of its key's places."""
+    services = exchange.services
+    principal = await services.keys.authenticate(_bearer(request))
+    exchange.principal = principal
+    exchange.resources.enter_context(services.places.take(principal.key_id))
+    return principal
+
+
+def _bearer(request: Request[Any, Any, Any]) -> str:
+    """The one bearer token. Two headers are refused: two readers may pick different ones."""
+    given = request.headers.getall("authorization", [])
+    scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise Unauthenticated("send a key as `Authorization: Bearer YOUR_KEY`")
+    return token.strip()
+
+
+async def _body(request: Request[Any, Any, Any], exchange: Exchange) -> bytes:
+    max_bytes = exchange.services.config.server.max_body_bytes
+    body = await limits.read_json_body(request.receive, request.headers, max_bytes)
+    exchange.asked(body)
+    return body
+
+
+async def _gather(waiting: Sequence[Coroutine[Any, Any, _R]]) -> list[_R]:
+    """All results, or the first error once the others are stopped."""
+    if len(waiting) == 1:
+        return [await waiting[0]]
+    tasks = [asyncio.create_task(one) for one in waiting]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _json(value: object, status: int = 200) -> ASGIApp:
+    return ASGIResponse(body=wire.encode(value), status_code=status, media_type="application/json")
+
+
+def _hand_to_edge(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Leave the error with the exchange; the edge records it and writes the answer."""
+    fault = faults.fault_of(error)
+    Exchange.of(request.scope).fault = fault
+    headers = getattr(error, "headers", None)
+    return Response(b"", status_code=fault.status, headers=headers)

@@ -1,0 +1,202 @@
+"""The OpenAPI document, made from the very types that decode requests.
+
+Litestar's own generator describes Litestar's own decoding, which is laxer than ours (see
+``docs/adr/0004-gateway.md``), so the document is made here: one line for each operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from fortpoint import __version__
+from fortpoint.gateway import chat, completions, embeddings, health, models, moderations, wire
+
+_REF = "#/components/schemas/{name}"
+
+_ASKS = (400, 401, 404, 413, 415, 429, 500, 502, 503, 504)
+_READS = (401, 429, 500, 502, 503, 504)
+
+_MEANING = {
+    400: "The request is not valid, asks for what is not served, or the guard refused it "
+    "(`content_filter`).",
+    401: "No key, or a wrong, revoked or expired one.",
+    403: "The key's role may not do this.",
+    404: "No such model.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "The key has too many requests running.",
+    500: "An internal error.",
+    502: "The request failed in the engine.",
+    503: "Engine, guard, audit log or storage is not available; nothing was answered.",
+    504: "The request took too long.",
+}
+
+
+@dataclass(frozen=True)
+class _Operation:
+    path: str
+    method: str
+    name: str
+    summary: str
+    answer: type[msgspec.Struct] | str
+    ask: type[msgspec.Struct] | None = None
+    errors: tuple[int, ...] = ()
+    chunk: type[msgspec.Struct] | None = None
+    open: bool = False
+
+
+_OPERATIONS: Sequence[_Operation] = (
+    _Operation(
+        "/v1/chat/completions",
+        "post",
+        "createChatCompletion",
+        "Answer a conversation.",
+        chat.ChatCompletion,
+        chat.ChatRequest,
+        _ASKS,
+        chat.ChatChunk,
+    ),
+    _Operation(
+        "/v1/completions",
+        "post",
+        "createCompletion",
+        "Go on from a text.",
+        completions.Completion,
+        completions.CompletionRequest,
+        _ASKS,
+        completions.Completion,
+    ),
+    _Operation(
+        "/v1/embeddings",
+        "post",
+        "createEmbedding",
+        "Embed texts: the mean over tokens of the last layer's residual stream.",
+        embeddings.EmbeddingList,
+        embeddings.EmbeddingsRequest,
+        _ASKS,
+    ),
+    _Operation(
+        "/v1/moderations",
+        "post",
+        "createModeration",
+        "Judge texts with the guard's detectors.",
+        moderations.ModerationList,
+        moderations.ModerationsRequest,
+        tuple(status for status in _ASKS if status != 404),
+    ),
+    _Operation(
+        "/v1/models", "get", "listModels", "List the models.", models.ModelList, None, _READS
+    ),
+    _Operation(
+        "/v1/models/{model}",
+        "get",
+        "retrieveModel",
+        "Show one model.",
+        models.Model,
+        None,
+        (*_READS, 404),
+    ),
+    _Operation(
+        "/api/engine",
+        "get",
+        "showEngine",
+        "Show the engine (operators only).",
+        models.EngineState,
+        None,
+        (*_READS, 403),
+    ),
+    _Operation("/health/live", "get", "live", "This process answers.", health.Health, open=True),
+    _Operation(
+        "/health/ready", "get", "ready", "The engine answers too.", health.Health, open=True
+    ),
+    _Operation("/metrics", "get", "metrics", "Metrics.", "text/plain", open=True),
+    _Operation("/", "get", "page", "What is running.", "text/html", open=True),
+)
+
+
+@cache
+def document() -> bytes:
+    """The OpenAPI 3.1 document as JSON."""
+    return wire.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {
+                "title": "Fort Point",
+                "version": __version__,
+                "description": "OpenAI's API over a guarded model. Requests and answers carry "
+                "our own part under `fortpoint`. Fields that are not listed are ignored.",
+                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            },
+            "security": [{"key": []}],
+            "paths": _paths(),
+            "components": {
+                "schemas": _schemas(),
+                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            },
+        }
+    )
+
+
+def _paths() -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for operation in _OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _described(operation)
+    return paths
+
+
+def _described(operation: _Operation) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "responses": _responses(operation),
+    }
+    if operation.open:
+        described["security"] = []
+    if operation.ask is not None:
+        content = {"application/json": {"schema": _ref(operation.ask)}}
+        described["requestBody"] = {"required": True, "content": content}
+    if "{model}" in operation.path:
+        schema = {"type": "string", "minLength": 1}
+        described["parameters"] = [
+            {"name": "model", "in": "path", "required": True, "schema": schema}
+        ]
+    return described
+
+
+def _responses(operation: _Operation) -> dict[str, Any]:
+    if isinstance(operation.answer, str):
+        content: dict[str, Any] = {operation.answer: {"schema": {"type": "string"}}}
+    else:
+        content = {"application/json": {"schema": _ref(operation.answer)}}
+    if operation.chunk is not None:
+        what = f"Events of `{operation.chunk.__name__}`, then `data: [DONE]`."
+        content["text/event-stream"] = {"schema": {"type": "string", "description": what}}
+    responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
+    for status in operation.errors:
+        responses[str(status)] = {
+            "description": _MEANING[status],
+            "content": {"application/json": {"schema": _ref(wire.ErrorBody)}},
+        }
+    if operation.path == "/health/ready":
+        responses["503"] = {"description": "There is no engine to ask.", "content": content}
+    return responses
+
+
+def _schemas() -> dict[str, Any]:
+    kinds: set[type[msgspec.Struct]] = {wire.ErrorBody}
+    for operation in _OPERATIONS:
+        for kind in (operation.answer, operation.ask, operation.chunk):
+            if kind is not None and not isinstance(kind, str):
+                kinds.add(kind)
+    ordered = sorted(kinds, key=lambda kind: kind.__name__)
+    _, schemas = msgspec.json.schema_components(ordered, ref_template=_REF)
+    return dict(schemas)
+
+
+def _ref(kind: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": _REF.format(name=kind.__name__)}

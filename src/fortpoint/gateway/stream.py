@@ -1,0 +1,139 @@
+"""Server-sent events: tokens leave as they come, the last event only after its audit entry.
+
+A request that is refused or fails before its first token never gets here; its answer is a
+plain HTTP error. An error after the first token becomes one ``data: {"error": ...}`` event,
+written by the edge, and the stream ends without ``[DONE]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+from litestar.types import Receive, Scope, Send
+
+from fortpoint.engine.client import Stream
+from fortpoint.engine.protocol import Token
+from fortpoint.errors import EngineError
+from fortpoint.gateway import faults, record, wire
+from fortpoint.gateway.exchange import Exchange
+from fortpoint.gateway.generation import Choice, decode
+
+Next = Callable[[], Awaitable[Stream]]
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"x-accel-buffering", b"no"),
+]
+_END = b"data: [DONE]\n\n"
+
+
+class Format(Protocol):
+    """How a surface writes its answers, whole or in chunks."""
+
+    def whole(
+        self, choices: Sequence[Choice], usage: wire.UsageCounts, note: wire.Note
+    ) -> object: ...
+
+    def opening(self, index: int) -> object | None: ...
+
+    def piece(self, index: int, text: str) -> object: ...
+
+    def closing(self, index: int, reason: str) -> object: ...
+
+    def chunk(
+        self,
+        pieces: Sequence[Any],
+        usage: wire.UsageCounts | msgspec.UnsetType | None,
+        note: wire.Note | msgspec.UnsetType = msgspec.UNSET,
+    ) -> object: ...
+
+
+class EventStream:
+    """The response of one streamed generation, an ASGI application.
+
+    ``first`` is open and judged; ``later`` open and judge the further prompts, one after the
+    other, each with ``n`` answers.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        form: Format,
+        first: Stream,
+        later: Sequence[Next],
+        n: int,
+        include_usage: bool,
+    ) -> None:
+        self._exchange = exchange
+        self._form = form
+        self._first = first
+        self._later = later
+        self._n = n
+        self._include_usage = include_usage
+        self._choices: list[Choice] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._exchange.streaming = True
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        try:
+            async for chunk in self._chunks():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except asyncio.CancelledError:
+            self._note_answer()
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge writes and records it
+            self._note_answer()
+            self._exchange.fault = faults.fault_of(error)
+            return
+        await send({"type": "http.response.body", "body": _END, "more_body": False})
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        """Events as they can leave; the last closing piece waits for the audit entry."""
+        held: object | None = None
+        async for piece, closes in self._pieces():
+            if held is not None:
+                yield self._event([held])
+            held = piece if closes else None
+            if not closes:
+                yield self._event([piece])
+        if held is None:
+            raise EngineError("the engine ended this answer early")
+        self._note_answer()
+        await self._exchange.record(record.answered(self._exchange))
+        note = self._exchange.note()
+        if self._include_usage:
+            yield self._event([held])
+            yield _data(self._form.chunk([], self._exchange.usage_counts(), note))
+        else:
+            yield _data(self._form.chunk([held], msgspec.UNSET, note))
+
+    async def _pieces(self) -> AsyncIterator[tuple[object, bool]]:
+        """The pieces of all choices, and whether each closes its choice."""
+        for number in range(1 + len(self._later)):
+            stream = self._first if number == 0 else await self._later[number - 1]()
+            base = number * self._n
+            self._choices += [Choice() for _ in range(self._n)]
+            for index in range(base, base + self._n):
+                if (opening := self._form.opening(index)) is not None:
+                    yield opening, False
+            async for event in decode(self._exchange, stream):
+                index = base + event.choice
+                if not isinstance(event, Token):
+                    yield self._form.closing(index, event.reason), True
+                elif event.text:
+                    self._choices[index].parts.append(event.text)
+                    yield self._form.piece(index, event.text), False
+
+    def _note_answer(self) -> None:
+        self._exchange.answers([choice.text for choice in self._choices])
+
+    def _event(self, pieces: Sequence[object]) -> bytes:
+        usage = None if self._include_usage else msgspec.UNSET
+        return _data(self._form.chunk(pieces, usage))
+
+
+def _data(chunk: object) -> bytes:
+    return b"data: " + wire.encode(chunk) + b"\n\n"
