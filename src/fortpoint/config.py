@@ -2,8 +2,11 @@
 
 Precedence: defaults < file (TOML, ``--config``) < environment < flags (``--set``).
 An environment variable is ``FORTPOINT_<SECTION>__<KEY>`` (``FORTPOINT_SERVER__PORT=9000``);
-``FORTPOINT_HOME`` and ``PORT`` are the two short names. An unknown key fails and names the
-nearest known one. Every key is described here, and ``docs/configuration.md`` is made from it.
+``FORTPOINT_HOME`` and ``PORT`` are the two short names, and an empty one counts as absent.
+An unknown key fails and names the nearest known one; a bad value fails and names where it
+came from. Every key is described here, and ``docs/configuration.md`` is made from it.
+
+No key holds a secret: a message may therefore repeat the value that it refuses.
 
     config = load(flags=["server.port=9000"])
     config.server.port
@@ -16,7 +19,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +27,7 @@ from msgspec import Meta
 from fortpoint.errors import ConfigError
 
 _PREFIX = "FORTPOINT_"
+_SHORT = {"FORTPOINT_HOME": "home", "PORT": "server.port"}
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,7 +37,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Server(_Section, frozen=True, kw_only=True):
     """The HTTP edge and its limits."""
 
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[str, Meta(min_length=1, description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="Port; 0 takes a free one.")] = 8080
     max_body_bytes: Annotated[
         int, Meta(ge=1024, description="Largest request body; beyond it 413.")
@@ -54,7 +58,8 @@ class Server(_Section, frozen=True, kw_only=True):
         int, Meta(ge=1, description="Requests that one key may have running; beyond it 429.")
     ] = 64
     request_timeout_s: Annotated[
-        float, Meta(gt=0, description="Longest time one request may take, in seconds.")
+        float,
+        Meta(gt=0, le=86_400, description="Longest time one request may take, in seconds."),
     ] = 300.0
 
 
@@ -62,13 +67,15 @@ class Engine(_Section, frozen=True, kw_only=True):
     """The process that holds the weights."""
 
     model: Annotated[
-        str, Meta(description="Model to serve, as `fortpoint model list` names it.")
+        str, Meta(min_length=1, description="Model to serve, as `fortpoint model list` names it.")
     ] = "smollm2-135m"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Meta(description="Weights' precision; `auto` times both here and takes the faster."),
     ] = "auto"
-    threads: Annotated[int, Meta(ge=0, description="Compute threads; 0 means one per core.")] = 0
+    threads: Annotated[
+        int, Meta(ge=0, le=1024, description="Compute threads; 0 means one per core.")
+    ] = 0
     max_batch: Annotated[int, Meta(ge=1, le=256, description="Sequences decoded together.")] = 32
     max_context: Annotated[
         int,
@@ -118,7 +125,7 @@ class Audit(_Section, frozen=True, kw_only=True):
 class Config(_Section, frozen=True, kw_only=True):
     """The whole tree. ``home`` holds all state: database, models, keys of the log."""
 
-    home: Annotated[str, Meta(description="Folder of all state.")] = "~/.fortpoint"
+    home: Annotated[str, Meta(min_length=1, description="Folder of all state.")] = "~/.fortpoint"
     server: Server = Server()
     engine: Engine = Engine()
     guard: Guard = Guard()
@@ -126,16 +133,26 @@ class Config(_Section, frozen=True, kw_only=True):
 
     @property
     def home_path(self) -> Path:
-        return Path(self.home).expanduser().absolute()
+        """``home`` as an absolute path. Raises ``ConfigError`` for an unknown ``~user``."""
+        try:
+            return Path(self.home).expanduser().absolute()
+        except RuntimeError:
+            raise ConfigError(f"home: there is no home directory for {self.home!r}") from None
 
 
 class Key(msgspec.Struct, frozen=True):
-    """One documented key: dotted name, type, default, description."""
+    """One documented key: dotted name, type, limits, default (as TOML), description."""
 
     name: str
     type: str
+    limits: str
     default: str
     description: str
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable. ``home`` and ``server.port`` have short names too."""
+        return _PREFIX + self.name.upper().replace(".", "__")
 
 
 def load(
@@ -143,21 +160,25 @@ def load(
     environ: Mapping[str, str] | None = None,
     flags: Sequence[str] = (),
 ) -> Config:
-    """Parse the tree. ``flags`` are ``dotted.key=value``. Raises ``ConfigError``."""
+    """Parse the tree. ``flags`` are ``dotted.key=value``. Raises ``ConfigError``.
+
+    Each source is checked as it is laid over the ones before it, so that the error names it.
+    """
     tree: dict[str, Any] = {}
     if file is not None:
-        _merge(tree, _read_file(file), str(file))
-    for name, value in _from_environ(os.environ if environ is None else environ):
-        _put(tree, name, value, "environment")
+        update = _read_file(file)
+        _check_file(update, file)
+        tree = update
+    for variable, name, value in _from_environ(os.environ if environ is None else environ):
+        _put(tree, name, value, variable)
     for flag in flags:
         name, separator, value = flag.partition("=")
         if not separator:
             raise ConfigError(f"--set {flag!r} is not of the form key=value")
-        _put(tree, name.strip(), value, "--set")
-    try:
-        return msgspec.convert(tree, Config, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"configuration: {error}") from None
+        name = name.strip()
+        _check_known(name, "--set")
+        _put(tree, name, value, f"--set {flag}")
+    return _convert(tree, "defaults", strict=False)
 
 
 def keys() -> Iterator[Key]:
@@ -174,8 +195,32 @@ def _keys_of(section: type[_Section], prefix: str) -> Iterator[Key]:
             continue
         base, *extras = get_args(hints[field.name])
         default = field.default if field.default is not msgspec.NODEFAULT else {}
-        description = next((m.description for m in extras if isinstance(m, Meta)), None)
-        yield Key(name, getattr(base, "__name__", str(base)), str(default), description or "")
+        meta = next(extra for extra in extras if isinstance(extra, Meta))
+        yield Key(
+            name=name,
+            type=_describe_type(base),
+            limits=_describe_limits(base, meta),
+            default=msgspec.json.encode(default).decode(),
+            description=meta.description or "",
+        )
+
+
+def _describe_type(base: Any) -> str:
+    if get_origin(base) is Literal:
+        return " or ".join(f'"{choice}"' for choice in get_args(base))
+    if get_origin(base) is dict:
+        return "table of float"
+    return str(base.__name__)
+
+
+def _describe_limits(base: Any, meta: Meta) -> str:
+    if get_origin(base) is dict:  # the limits are its values'
+        meta = next(extra for extra in get_args(get_args(base)[1]) if isinstance(extra, Meta))
+    bounds = ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
+    parts = [f"{sign} {bound}" for sign, bound in bounds if bound is not None]
+    if meta.min_length:
+        parts.append("not empty")
+    return ", ".join(parts)
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -187,44 +232,76 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not valid TOML: {error}") from None
 
 
-def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    if home := environ.get("FORTPOINT_HOME"):
-        yield "home", home
-    if port := environ.get("PORT"):
-        yield "server.port", port
-    for name, value in environ.items():
-        if name.startswith(_PREFIX) and "__" in name:
-            yield name.removeprefix(_PREFIX).lower().replace("__", "."), value
-
-
-def _merge(tree: dict[str, Any], update: Mapping[str, Any], source: str, prefix: str = "") -> None:
+def _check_file(update: Mapping[str, Any], file: Path) -> None:
+    """TOML has types, so none is guessed: ``port = "9000"`` is refused."""
     for name, value in update.items():
-        dotted = prefix + name
-        if isinstance(value, dict) and dotted in _sections():
-            _merge(tree.setdefault(name, {}), value, source, dotted + ".")
+        if name in _sections() and isinstance(value, dict):
+            for key in value:
+                _check_known(f"{name}.{key}", str(file))
         else:
-            _check_known(dotted, source)
-            tree[name] = value
+            _check_known(name, str(file))
+    _convert(update, str(file), strict=True)
+
+
+def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Variable, dotted name, value: the short names first, so that the long ones win."""
+    for variable, name in _SHORT.items():
+        if value := environ.get(variable):
+            yield variable, name, value
+    for variable, value in environ.items():
+        if not variable.startswith(_PREFIX) or variable in _SHORT:
+            continue
+        name = variable.removeprefix(_PREFIX).lower().replace("__", ".")
+        if not _is_known(name):
+            raise ConfigError(
+                f"environment: unknown variable {variable}; did you mean {_nearest(name).variable}?"
+            )
+        yield variable, name, value
 
 
 def _put(tree: dict[str, Any], dotted: str, value: str, source: str) -> None:
+    """Set a known key and check the tree, so that an error names ``source``."""
     *path, last = dotted.split(".")
-    if path[:2] == ["guard", "thresholds"]:
-        _check_known("guard.thresholds", source)
-    else:
-        _check_known(dotted, source)
+    leaf = tree
     for name in path:
-        tree = tree.setdefault(name, {})
-    tree[last] = value
+        leaf = leaf.setdefault(name, {})
+    leaf[last] = value
+    _convert(tree, source, strict=False)
+
+
+def _convert(tree: Mapping[str, Any], source: str, *, strict: bool) -> Config:
+    try:
+        return msgspec.convert(tree, Config, strict=strict)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        raise ConfigError(f"{source}: {where.rstrip('`') or 'configuration'}: {what}") from None
 
 
 def _sections() -> set[str]:
     return {key.name.split(".")[0] for key in keys() if "." in key.name}
 
 
+def _is_known(dotted: str) -> bool:
+    *path, detector = dotted.split(".")
+    if path == ["guard", "thresholds"]:  # its keys are the detectors', which the guard checks
+        return bool(detector)
+    return any(key.name == dotted for key in keys())
+
+
+def _nearest(dotted: str) -> Key:
+    """The known key that looks most like this one; a bare last name counts too."""
+    return max(keys(), key=lambda key: _likeness(dotted, key.name))
+
+
+def _likeness(dotted: str, known: str) -> float:
+    last = known.rpartition(".")[2]
+    whole = difflib.SequenceMatcher(None, dotted, known).ratio()
+    return max(whole, difflib.SequenceMatcher(None, dotted, last).ratio() - 0.01)
+
+
 def _check_known(dotted: str, source: str) -> None:
-    known = [key.name for key in keys()]
-    if dotted in known:
+    if _is_known(dotted):
         return
-    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.0)[0]
-    raise ConfigError(f"{source}: unknown key {dotted!r}; did you mean {near!r}?")
+    if dotted in _sections():
+        raise ConfigError(f"{source}: {dotted!r} is a section; set a key in it")
+    raise ConfigError(f"{source}: unknown key {dotted!r}; did you mean {_nearest(dotted).name!r}?")
