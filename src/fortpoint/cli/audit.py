@@ -1,0 +1,217 @@
+"""``fortpoint audit``: verify the record, show its newest entries, print its checkpoint.
+
+Verifying opens the database read-only and may run beside a serving gateway.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fortpoint.errors import NotFound, VerificationError
+
+if TYPE_CHECKING:
+    from fortpoint.audit.checkpoint import Checkpoint, VerifierKey
+    from fortpoint.audit.history import Recorded
+
+app = typer.Typer(help="Verify and read the record.", no_args_is_help=True)
+
+_PROGRESS_FROM = 20_000  # entries; below, verifying is over before a bar is drawn
+_MAX_FILE_BYTES = 16 * 1024
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Home = Annotated[
+    Path | None, typer.Option("--home", help="Folder of all state; FORTPOINT_HOME where absent.")
+]
+
+
+@app.command()
+def verify(
+    as_json: Json = False,
+    home: Home = None,
+    public_key: Annotated[
+        str | None,
+        typer.Option(
+            "--public-key",
+            help="The log's verifier key, kept by you; the home's keys/audit.pub where absent.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="A checkpoint you kept: the log must continue it."),
+    ] = None,
+) -> None:
+    """Check every entry and every signature; name the first entry that is not as recorded."""
+    import msgspec
+
+    from fortpoint.audit import verify as verification
+    from fortpoint.audit.checkpoint import VerifierKey
+    from fortpoint.audit.signing_key import load_public
+
+    folder = _home(home)
+    try:
+        database = folder / "fortpoint.db"
+        if not database.exists():
+            raise VerificationError(f"there is no log in {folder}")
+        key = VerifierKey.parse(public_key) if public_key else load_public(folder)
+        kept = _kept(checkpoint, key)
+        with _progress() as on_progress:
+            report = verification.verify(database, key, kept=kept, on_progress=on_progress)
+    except VerificationError as error:
+        if as_json:
+            failure = {"verified": False, "error": error.message, "at": error.param}
+            typer.echo(msgspec.json.encode(failure).decode())
+        raise
+    if as_json:
+        success = {"verified": True, **msgspec.structs.asdict(report)}
+        typer.echo(msgspec.json.encode(success).decode())
+        return
+    typer.echo(
+        f"Verified: {report.entries} entries, {report.checkpoints} signed checkpoints\n"
+        f"  log   {report.origin}\n  root  {report.root}"
+    )
+
+
+@app.command()
+def show(
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, max=100_000, help="How many of the newest.")
+    ] = 20,
+    as_json: Json = False,
+    home: Home = None,
+) -> None:
+    """Show the newest entries."""
+    import asyncio
+
+    import msgspec
+
+    records = asyncio.run(_recent(_home(home), limit))
+    if as_json:
+        typer.echo(msgspec.json.encode(records).decode())
+    elif records:
+        _print_table(records)
+    else:
+        typer.echo("The log has no entries yet.")
+
+
+@app.command()
+def checkpoint(as_json: Json = False, home: Home = None) -> None:
+    """Print the newest signed checkpoint. Keep it elsewhere, to verify against it later."""
+    import asyncio
+    import json
+
+    from fortpoint.audit.signing_key import load_public
+
+    folder = _home(home)
+    note = asyncio.run(_newest_checkpoint(folder))
+    opened = load_public(folder).open_checkpoint(note)
+    if not as_json:
+        typer.echo(note.decode(), nl=False)
+        return
+    fields = {
+        "origin": opened.origin,
+        "size": opened.size,
+        "root": opened.root_hash.hex(),
+        "note": note.decode(),
+    }
+    typer.echo(json.dumps(fields))
+
+
+def _home(home: Path | None) -> Path:
+    from fortpoint.config import load
+
+    return load(flags=() if home is None else (f"home={home}",)).home_path
+
+
+def _kept(path: Path | None, key: VerifierKey) -> Checkpoint | None:
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            return key.open_checkpoint(file.read(_MAX_FILE_BYTES))
+    except OSError as error:
+        raise VerificationError(f"{path} cannot be read: {error.strerror}") from None
+    except VerificationError as error:
+        raise VerificationError(f"{path}: {error.message}") from None
+
+
+async def _recent(home: Path, limit: int) -> tuple[Recorded, ...]:
+    from fortpoint.audit.history import recent
+    from fortpoint.store.database import Database
+
+    _check_present(home)
+    database = Database.in_home(home)
+    try:
+        await database.migrate()
+        return await recent(database, limit)
+    finally:
+        await database.close()
+
+
+async def _newest_checkpoint(home: Path) -> bytes:
+    from fortpoint.audit.history import newest_checkpoint
+    from fortpoint.store.database import Database
+
+    _check_present(home)
+    database = Database.in_home(home)
+    try:
+        await database.migrate()
+        return await newest_checkpoint(database)
+    finally:
+        await database.close()
+
+
+def _check_present(home: Path) -> None:
+    if not (home / "fortpoint.db").exists():
+        raise NotFound(f"there is no log in {home}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, once a log turns out to be long; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Verifying", visible=False)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=total >= _PROGRESS_FROM)
+
+        yield advance
+
+
+def _print_table(records: tuple[Recorded, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("index", "time", "kind", "who", "surface", "status", "why", "tokens")
+    for record in records:
+        entry = record.entry
+        blocked_by = entry.verdict.detector if entry.verdict else None
+        cells = (
+            str(record.index),
+            entry.time,
+            entry.kind,
+            entry.user or "",
+            entry.surface,
+            str(entry.status),
+            blocked_by or entry.code or entry.detail or "",
+            f"{entry.usage.prompt}+{entry.usage.completion}",
+        )
+        table.add_row(*(Text(_printable(cell), overflow="fold") for cell in cells))
+    Console().print(table)
+
+
+def _printable(text: str) -> str:
+    # Entries hold what callers sent: no escape sequence may reach the terminal.
+    return "".join(character if character.isprintable() else "?" for character in text)
