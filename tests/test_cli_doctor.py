@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_home_missing_is_off_and_its_disk_is_the_parents(tmp_path: Path) -> None
 
 
 def test_disk_almost_full_is_broken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: _Usage(free=1024))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(free=1024))
     assert doctor.check_disk(home).state == "broken"
 
 

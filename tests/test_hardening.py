@@ -6,10 +6,13 @@ an architecture without our filter the tests that need them skip and say so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -20,7 +23,7 @@ import pytest
 
 from fortpoint import hardening
 from fortpoint.errors import SandboxError
-from fortpoint.hardening import kernel, process
+from fortpoint.hardening import kernel
 
 needs_landlock = pytest.mark.skipif(
     hardening.landlock_abi() == 0, reason="this kernel has no Landlock"
@@ -56,11 +59,10 @@ def run(script: str, *arguments: object, **options: Any) -> subprocess.Completed
     )
 
 
-def answers(script: str, *arguments: object) -> dict[str, Any]:
+def answers(script: str, *arguments: object) -> Any:
     done = run(script, *arguments)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(place: Path) -> dict[str, Any]:
     """What an engine-like process got for each thing it tried."""
-    return answers(
+    found: dict[str, Any] = answers(
         """
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(str(place / "engine.sock"))
@@ -133,6 +135,7 @@ print(json.dumps({
 """,
         place,
     )
+    return found
 
 
 @needs_landlock
@@ -344,6 +347,65 @@ print(json.dumps({
 """
 
 
+@needs_landlock
+@needs_seccomp
+def test_gateway_with_rules_for_files_keeps_a_database_that_is_held_open(tmp_path: Path) -> None:
+    """The database beside the weights: rules name its three files, so they must not be remade.
+
+    SQLite removes the WAL when the last connection closes; one connection that is opened
+    before and stays open keeps the files the rules were made for.
+    """
+    (tmp_path / "weights").write_text("weights")
+    gateway = subprocess.Popen(
+        [sys.executable, "-c", CONFINE + _HOLD_DATABASE, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert gateway.stdout is not None
+        assert gateway.stdout.readline() == "ready\n"
+        _write_row(tmp_path / "fortpoint.db", 2)
+        assert (tmp_path / "fortpoint.db-wal").exists()
+        output, errors = gateway.communicate("go\n", timeout=20)
+    finally:
+        gateway.kill()
+        gateway.wait(timeout=10)
+    assert gateway.returncode == 0, errors
+    assert json.loads(output) == ["[(1,), (2,), (3,)]", "EACCES"]
+
+
+def _write_row(path: Path, value: int) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("INSERT INTO t VALUES (?)", (value,))
+
+
+_HOLD_DATABASE = """
+import sqlite3
+path = place / "fortpoint.db"
+held = sqlite3.connect(path)
+held.execute("PRAGMA journal_mode = WAL")
+held.execute("CREATE TABLE t (x)")
+held.commit()
+harden_process(os.getppid())
+files = [place / f"fortpoint.db{suffix}" for suffix in ("", "-wal", "-shm")]
+confine_files([*python_paths(), *runtime_paths()], files)
+forbid_syscalls(GATEWAY)
+def write(value):
+    connection = sqlite3.connect(path)
+    connection.execute("INSERT INTO t VALUES (?)", (value,))
+    connection.commit()
+    rows = connection.execute("SELECT x FROM t ORDER BY x").fetchall()
+    connection.close()
+    return rows
+write(1)
+print("ready", flush=True)
+sys.stdin.readline()
+print(json.dumps([attempt(lambda: write(3)), attempt((place / "weights").read_text)]))
+"""
+
+
 @needs_seccomp
 def test_gateway_outbound_profile_connects_but_makes_no_odd_socket(place: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as outside:
@@ -503,11 +565,9 @@ def test_platform_without_linux_does_what_it_can_and_says_so(
 ) -> None:
     limits: list[tuple[int, tuple[int, int]]] = []
     monkeypatch.setattr(kernel, "LINUX", False)
-    monkeypatch.setattr(
-        process.resource, "setrlimit", lambda which, limit: limits.append((which, limit))
-    )
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append((which, limit)))
     assert hardening.harden_process() is False
-    assert limits == [(process.resource.RLIMIT_CORE, (0, 0))]
+    assert limits == [(resource.RLIMIT_CORE, (0, 0))]
     assert hardening.confine_files([]) is False
     assert hardening.forbid_syscalls(hardening.ENGINE) is False
     assert not any(hardening.protections().values())
