@@ -1,7 +1,7 @@
 """What is really on, measured in the running process.
 
 Each protection is tried where that is harmless, so that a container's own filter or a file
-mode is not taken for ours. Nothing here needs ``/proc``, which the process may have lost.
+mode is not taken for ours. Nothing here relies on ``/proc``, which the process may have lost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import resource
 import socket
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from fortpoint.errors import SandboxError
 from fortpoint.hardening import kernel
@@ -95,14 +95,22 @@ def _socket_refused(family: socket.AddressFamily) -> bool:
 
 
 def _inherited_internet_sockets() -> Iterator[int]:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for descriptor in range(min(soft, _MAX_DESCRIPTORS)):
+    for descriptor in _descriptors():
         try:
             is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
         except OSError:
             continue
         if is_socket and _family(descriptor) in (socket.AF_INET, socket.AF_INET6):
             yield descriptor
+
+
+def _descriptors() -> Iterable[int]:
+    """Those that are open, or, where ``/proc`` is lost, all that could be."""
+    try:
+        return [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return range(min(soft, _MAX_DESCRIPTORS))
 
 
 def _family(descriptor: int) -> int:
