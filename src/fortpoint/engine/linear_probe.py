@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class LinearProbes:
             card = msgspec.json.decode(stem.with_suffix(".json").read_bytes(), type=ProbeCard)
             tensors = load_file(stem.with_suffix(".safetensors"))
             probes = cls(card.probes, card.layers, tensors["W"], tensors["b"])
-        except (OSError, KeyError, ValueError, msgspec.MsgspecError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, msgspec.MsgspecError) as error:
             raise ModelError(f"the linear probes cannot be read: {type(error).__name__}") from None
         fits = tensors["W"].shape[2] == d_model and probes.last_layer < n_layers
         if not fits or (card.hook, card.normalise) != ("resid_post", "rms"):

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fortpoint.engine.kv_cache import KVBudget, KVCache
@@ -106,7 +106,7 @@ class Llama:
         try:
             weights = _Weights(folder / "model.safetensors", dtype)
             return cls._from_tensors(config, weights, max_context)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise ModelError(f"model.safetensors cannot be used: {type(error).__name__}") from None
 
     @classmethod

@@ -4,9 +4,11 @@ The order is the point:
 
 1. bind the socket, while that is still allowed;
 2. give up capabilities, core dumps, tracing; confine files to the interpreter and the model;
-3. only then load torch, start the event loop, and forbid system calls;
-4. check what is really on, if configuration requires it;
-5. now read the model, whose bytes may be hostile, and serve.
+3. forbid system calls, and check what is really on if configuration requires it;
+4. only then load torch, start the event loop, read the model (its bytes may be hostile),
+   and serve.
+
+Nothing that starts a thread (numpy, torch) may be imported before step 2.
 """
 
 from __future__ import annotations
@@ -48,6 +50,9 @@ def main() -> int:
         listener = bind(Path(spec.socket))
         hardening.harden_process(parent_pid=spec.parent_pid)
         hardening.confine_files(read=readable(spec))
+        hardening.forbid_syscalls(hardening.ENGINE)
+        if spec.config.sandbox == "require":
+            hardening.require_protections(hardening.REQUIRED)
         asyncio.run(_serve(spec, listener))
     except FortPointError as error:
         print(f"engine: {error.message}", file=sys.stderr, flush=True)
@@ -103,10 +108,6 @@ class _Engine:
         from fortpoint.engine.scheduler import Scheduler
         from fortpoint.engine.server import EngineServer
         from fortpoint.vault.model_folder import open_model
-
-        hardening.forbid_syscalls(hardening.ENGINE)
-        if spec.config.sandbox == "require":
-            hardening.require_protections(hardening.REQUIRED)
 
         config = spec.config
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
