@@ -17,6 +17,7 @@ from fortpoint.errors import NotFound, VerificationError
 
 if TYPE_CHECKING:
     from fortpoint.audit.checkpoint import Checkpoint, VerifierKey
+    from fortpoint.audit.entry import Entry
     from fortpoint.audit.history import Recorded
 
 app = typer.Typer(help="Verify and read the record.", no_args_is_help=True)
@@ -194,22 +195,27 @@ def _print_table(records: tuple[Recorded, ...]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("index", "time", "kind", "who", "surface", "status", "why", "tokens")
+    table = Table("index", "time (UTC)", "kind", "who", "surface", "result")
+    for column in table.columns[:3]:
+        column.no_wrap = True
     for record in records:
         entry = record.entry
-        blocked_by = entry.verdict.detector if entry.verdict else None
         cells = (
             str(record.index),
-            entry.time,
+            entry.time[:19].replace("T", " "),
             entry.kind,
             entry.user or "",
             entry.surface,
-            str(entry.status),
-            blocked_by or entry.code or entry.detail or "",
-            f"{entry.usage.prompt}+{entry.usage.completion}",
+            _result(entry),
         )
         table.add_row(*(Text(_printable(cell), overflow="fold") for cell in cells))
     Console().print(table)
+
+
+def _result(entry: Entry) -> str:
+    blocked_by = entry.verdict.detector if entry.verdict else None
+    parts = (str(entry.status), entry.code, blocked_by, entry.detail)
+    return " ".join(part for part in parts if part)
 
 
 def _printable(text: str) -> str:
