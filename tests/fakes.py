@@ -6,10 +6,15 @@ import asyncio
 import hashlib
 import itertools
 import math
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
+
+import httpx
+import uvicorn
 
 from fortpoint.access.keys import Principal
 from fortpoint.audit.entry import Entry
@@ -27,6 +32,7 @@ from fortpoint.engine.protocol import (
     Token,
 )
 from fortpoint.errors import AuditUnavailable, EngineError, EngineUnavailable, Unauthenticated
+from fortpoint.gateway.app import create_app
 from fortpoint.gateway.services import Judge, Services
 from fortpoint.types import Message, Reading, Role, Score, Segment, Usage, Verdict
 
@@ -252,6 +258,40 @@ class Bench:
     def services(self) -> Services:
         guard: Judge | None = self.guard if self.config.guard.enabled else None
         return Services(self.config, self.engine, guard, FakeKeys(), self.audit)
+
+
+def in_process(bench: Bench, key: str = CUSTOMER) -> httpx.AsyncClient:
+    """A client of the gateway over ``bench`` in this process."""
+    transport = httpx.ASGITransport(app=create_app(bench.services()))
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
+
+
+@contextmanager
+def serving(bench: Bench, graceful_s: int = 5) -> Iterator[str]:
+    """A live gateway over ``bench`` on a free local port, in a thread."""
+    config = uvicorn.Config(
+        create_app(bench.services()),
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        access_log=False,
+        ws="none",
+        lifespan="off",
+        timeout_graceful_shutdown=graceful_s,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the gateway did not start")
+        threading.Event().wait(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
 
 
 def _reading(n_tokens: int) -> Reading:

@@ -194,10 +194,11 @@ async def list_models(request: Request[Any, Any, Any]) -> ASGIApp:
 
 
 @get("/v1/models/{model:path}")
-async def show_model(request: Request[Any, Any, Any], model: str) -> ASGIApp:
+async def show_model(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange = Exchange.of(request.scope)
     await _admit(request, exchange)
-    exchange.model = await exchange.services.catalogue.require(model.lstrip("/"))
+    name = str(request.path_params["model"]).lstrip("/")
+    exchange.model = await exchange.services.catalogue.require(name)
     return _json(models.card(exchange.model))
 
 

@@ -46,7 +46,7 @@ NoLogprobs = Annotated[
 NoTopLogprobs = Annotated[
     Any,
     Meta(
-        description="log-probabilities are off by the extraction policy",
+        description="it is off by the extraction policy, as logprobs are",
         extra_json_schema={"enum": [None, 0]},
     ),
 ]

@@ -20,6 +20,7 @@ from fortpoint.errors import InvalidRequest, Unsupported
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 _PATH = re.compile(r" - at `(?:key in )?\$(.*?)`$")
+_MISSING = re.compile(r"^Object missing required field `(\w+)`")
 _ECHO = re.compile(r"^Invalid (?:enum )?value .*?(?= - at `|$)", re.DOTALL)
 
 _INT64 = 2**63
@@ -114,9 +115,12 @@ def _decoder(kind: type[_T]) -> msgspec.json.Decoder[_T]:
 
 
 def _validation_error(message: str) -> InvalidRequest:
-    found = _PATH.search(message)
-    param = found[1].lstrip(".") if found else None
-    return InvalidRequest(_ECHO.sub("Value not known here", message)[:300], param=param or None)
+    """``param`` is the path of the wrong field, or of the missing one."""
+    found, missing = _PATH.search(message), _MISSING.match(message)
+    names = [found[1].lstrip(".")] if found else []
+    names += [missing[1]] if missing else []
+    public = _ECHO.sub("Value not known here", message)[:300]
+    return InvalidRequest(public, param=".".join(filter(None, names)) or None)
 
 
 def refuse_unsupported(value: msgspec.Struct) -> None:
