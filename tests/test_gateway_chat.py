@@ -159,6 +159,14 @@ async def test_chat_without_max_tokens_takes_the_configured_length(
     assert bench.engine.requests[0].sampling.max_tokens == 512
 
 
+async def test_chat_with_two_lengths_takes_the_smaller(
+    bench: Bench, client: httpx.AsyncClient
+) -> None:
+    await client.post(CHAT, json=chat(max_tokens=9, max_completion_tokens=2))
+
+    assert bench.engine.requests[0].sampling.max_tokens == 2
+
+
 async def test_chat_developer_and_parts_become_plain_messages(
     bench: Bench, client: httpx.AsyncClient
 ) -> None:

@@ -108,7 +108,6 @@ _FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "temperature negative": ({"temperature": -0.1}, "temperature"),
     "top_p 1.1": ({"top_p": 1.1}, "top_p"),
     "max_tokens 0": ({"max_tokens": 0}, "max_tokens"),
-    "max_tokens two values": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     "seed of 65 bits": ({"seed": 2**64}, "seed"),
     "fortpoint list": ({"fortpoint": []}, "fortpoint"),
 }

@@ -10,7 +10,6 @@ from msgspec import Meta
 
 from fortpoint.config import Server
 from fortpoint.engine.protocol import Sampling
-from fortpoint.errors import InvalidRequest
 from fortpoint.gateway import limits, wire
 from fortpoint.gateway.generation import Choice, Prompt
 from fortpoint.types import Message, Role
@@ -189,13 +188,9 @@ def prompts(ask: ChatRequest) -> tuple[Prompt, ...]:
 
 
 def sampling(ask: ChatRequest, server: Server) -> Sampling:
-    wanted = (ask.max_completion_tokens, ask.max_tokens)
-    if None not in wanted and wanted[0] != wanted[1]:
-        raise InvalidRequest(
-            "max_tokens and max_completion_tokens differ; send one", param="max_tokens"
-        )
+    asked = [most for most in (ask.max_tokens, ask.max_completion_tokens) if most is not None]
     return Sampling(
-        max_tokens=wanted[0] or wanted[1] or server.default_max_tokens,
+        max_tokens=min(asked, default=server.default_max_tokens),
         temperature=1.0 if ask.temperature is None else ask.temperature,
         top_p=1.0 if ask.top_p is None else ask.top_p,
         seed=ask.seed,

@@ -1,10 +1,18 @@
-"""The gateway's process: builds the real services, serves until told to stop.
+"""The gateway's process: gives up what it does not need, builds the services, serves.
 
-    python -m fortpoint.gateway.server --fd 5 --engine ~/.fortpoint/run/engine.sock
+    python -m fortpoint.gateway.server --socket-fd 5 --engine-socket HOME/run/engine.sock \\
+        --parent-pid 4242 --config '{"home": "..."}'
 
-The listening socket is inherited, so that a restarted gateway loses no connection that waits
-in its queue. Configuration comes from the file and the environment that the supervisor gives.
+The listening socket is inherited and outlives the process, so that a restart loses no
+connection that waits in its queue. The order is the point:
+
+1. open the files of the home that may be written: the database and the log's keys
+2. give up capabilities, tracing and every other file (the weights in the same home too)
+3. only then load the guard, start the loop, open the services, serve
+
 Logs are one line a request on standard error, without texts, keys or query strings.
+Not protected here: the database itself. Whoever makes this process run code can write it;
+the record's checkpoints show that it was changed.
 """
 
 from __future__ import annotations
@@ -13,44 +21,62 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
+import sqlite3
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import uvicorn
 import uvloop
 
-from fortpoint import config as configuration
+from fortpoint import hardening
 from fortpoint.access.keys import KeyRing
 from fortpoint.audit.log import AuditLog
 from fortpoint.config import Config
 from fortpoint.engine.client import EngineClient
-from fortpoint.errors import FortPointError
+from fortpoint.errors import (
+    ConfigError,
+    FortPointError,
+    SandboxError,
+    StorageError,
+    VerificationError,
+)
 from fortpoint.gateway.app import create_app
 from fortpoint.gateway.services import Services
-from fortpoint.guard.guard import Guard
 from fortpoint.store.database import Database
 
-_GRACE_S = 5
+_GRACE_S = 4
+_LAST_WORDS_S = 1.0
 _KEEP_ALIVE_S = 30
 _BACKLOG = 1024
+_HOPELESS = 2
+
+# The listening socket is an internet socket, so ``no_network`` cannot hold here.
+_REQUIRED = sorted({*hardening.REQUIRED, "no_outbound"} - {"no_network"})
 
 
-def run(config: Config, socket_fd: int, engine_socket: Path) -> None:
-    """Serve on the inherited socket until SIGTERM or SIGINT; at most five seconds of grace."""
-    with (
-        socket.socket(fileno=socket_fd) as listener,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
+def run(config: Config, socket_fd: int, engine_socket: Path, parent_pid: int | None = None) -> None:
+    """Serve on the inherited socket until SIGTERM or SIGINT; then at most five seconds more.
+
+    With ``parent_pid`` the process is confined, for good, and dies with that parent.
+    """
+    with contextlib.ExitStack() as stack:
+        if parent_pid is not None:
+            files = stack.enter_context(_held_open(config.home_path))
+            _confine(config, files, parent_pid)
+        listener = stack.enter_context(socket.socket(fileno=socket_fd))
         listener.setblocking(False)
+        runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
         runner.run(serve(config, listener, engine_socket))
 
 
 async def serve(config: Config, listener: socket.socket, engine_socket: Path) -> None:
     """The same on a socket at hand, inside a running loop."""
     async with real_services(config, engine_socket) as services:
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 create_app(services),
                 http="httptools",
@@ -65,12 +91,37 @@ async def serve(config: Config, listener: socket.socket, engine_socket: Path) ->
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
+        server.stop_on_signals()
         await server.serve(sockets=[listener])
+        await server.last_words()
+
+
+class _Server(uvicorn.Server):
+    """Stops without re-raising the signal, so that the log is closed after the last request."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop_on_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop)
+
+    async def last_words(self) -> None:
+        """Let requests that were cut off write their entries."""
+        if tasks := set(self.server_state.tasks):
+            await asyncio.wait(tasks, timeout=_LAST_WORDS_S)
+
+    def _stop(self) -> None:
+        self.should_exit = True
 
 
 @contextlib.asynccontextmanager
 async def real_services(config: Config, engine_socket: Path) -> AsyncIterator[Services]:
-    """Everything behind the gateway, closed in reverse order. The log is flushed last but one."""
+    """Everything behind the gateway, closed in reverse order: engine, log, database."""
+    # Loading numpy starts threads, and confining files must come before the first of them.
+    from fortpoint.guard.guard import Guard
+
     async with contextlib.AsyncExitStack() as stack:
         database = Database.in_home(config.home_path)
         stack.push_async_callback(database.close)
@@ -83,21 +134,52 @@ async def real_services(config: Config, engine_socket: Path) -> AsyncIterator[Se
         yield Services(config, engine, guard, KeyRing(database), audit)
 
 
+@contextlib.contextmanager
+def _held_open(home: Path) -> Iterator[list[Path]]:
+    """What may be written in the home, kept in place.
+
+    Rules for single files hold only while these files are not remade, and SQLite removes its
+    write-ahead log with its last connection: so one connection stays open.
+    """
+    Database.in_home(home)
+    database = home / "fortpoint.db"
+    keys = home / "keys"
+    keys.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with contextlib.closing(sqlite3.connect(database)) as held:
+            held.execute("PRAGMA journal_mode = WAL")
+            held.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            yield [*(Path(f"{database}{suffix}") for suffix in ("", "-wal", "-shm")), keys]
+    except sqlite3.Error:
+        raise StorageError("the database cannot be opened; run `fortpoint doctor`") from None
+
+
+def _confine(config: Config, writable: list[Path], parent_pid: int) -> None:
+    hardening.harden_process(parent_pid=parent_pid)
+    hardening.confine_files(
+        read=[*hardening.python_paths(), *hardening.runtime_paths()], write=writable
+    )
+    hardening.forbid_syscalls(hardening.GATEWAY)
+    if config.engine.sandbox == "require":
+        hardening.require_protections(_REQUIRED)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line of the process; 1 when it cannot start."""
+    """Run as a process. Exit code 2 means that a new start would fail in the same way."""
     parser = argparse.ArgumentParser(prog="python -m fortpoint.gateway.server")
-    parser.add_argument("--fd", type=int, required=True, help="inherited listening socket")
-    parser.add_argument("--engine", type=Path, required=True, help="the engine's Unix socket")
-    parser.add_argument("--config", type=Path, help="configuration file (TOML)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--socket-fd", type=int, required=True, help="inherited listening socket")
+    parser.add_argument("--engine-socket", type=Path, required=True)
+    parser.add_argument("--parent-pid", type=int, help="process that must be the parent")
+    parser.add_argument("--config", required=True, help="the whole configuration as JSON")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        config = configuration.load(options.config, flags=options.set)
-        run(config, options.fd, options.engine)
+        config = msgspec.json.decode(options.config, type=Config)
+        run(config, options.socket_fd, options.engine_socket, options.parent_pid)
     except FortPointError as error:
-        print(f"gateway: {error}", file=sys.stderr)
-        return 1
+        print(f"gateway: {error.message}", file=sys.stderr, flush=True)
+        hopeless = isinstance(error, ConfigError | SandboxError | VerificationError)
+        return _HOPELESS if hopeless else 1
     return 0
 
 
