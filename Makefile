@@ -13,7 +13,15 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check format docs bench pin clean lint model-of-tests
+.PHONY: help serve test check format docs bench pin clean model-of-tests
+
+# Not a target of its own: a failure is then one line, not one for each make in between.
+define CHECKS
+@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
+@$(BIN)/ruff check --quiet .
+@$(BIN)/mypy
+@$(BIN)/lint-imports --no-logo
+endef
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -22,11 +30,11 @@ serve: $(VENV)/.serve ## Start Fort Point (PORT, default 8080; FORTPOINT_HOME, d
 	@exec $(BIN)/fortpoint serve
 
 test: $(VENV)/.dev model-of-tests ## Everything: format, lint, types, import contracts, the whole suite
-	@$(MAKE) --no-print-directory lint
+	$(CHECKS)
 	@env -u FORTPOINT_HOME -u PORT $(BIN)/pytest
 
 check: $(VENV)/.dev ## The fast loop: lint, types, import contracts, tests without the model
-	@$(MAKE) --no-print-directory lint
+	$(CHECKS)
 	@env -u FORTPOINT_HOME -u PORT $(BIN)/pytest -m "not model"
 
 format: $(VENV)/.dev ## Format the code and mend what ruff can mend
@@ -51,12 +59,6 @@ clean: ## Remove .venv, the tests' home and all caches (never FORTPOINT_HOME)
 	@rm -rf $(VENV) .test-home build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache \
 	  .hypothesis .import_linter_cache .schemathesis
 	@find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
-
-lint:
-	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-logo
 
 model-of-tests: $(VENV)/.dev
 	@FORTPOINT_HOME=$(HOME_OF_TESTS) $(BIN)/fortpoint model pull $(MODEL)
