@@ -48,9 +48,18 @@ class EngineServer:
         self._tokenizer = tokenizer
         self._max_context = max_context
         self._describe = describe
+        self._connections: dict[asyncio.StreamWriter, asyncio.Task[None] | None] = {}
+
+    async def close(self) -> None:
+        """Hang up on everybody and wait until their jobs are cancelled."""
+        for writer in self._connections:
+            writer.close()
+        tasks = [task for task in self._connections.values() if task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, until it ends."""
+        self._connections[writer] = asyncio.current_task()
         jobs: dict[str, Job] = {}
         tasks: set[asyncio.Task[None]] = set()
         loop = asyncio.get_running_loop()
@@ -84,6 +93,7 @@ class EngineServer:
             for job in jobs.values():
                 self._runner.cancel(job)
             writer.close()
+            del self._connections[writer]
 
     def _obey(
         self,

@@ -88,8 +88,9 @@ async def _serve(spec: EngineSpec, listener: socket.socket) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     engine = _Engine(spec)
     server = await asyncio.start_unix_server(engine.server.handle, sock=listener)
-    async with server:
-        await stop.wait()
+    await stop.wait()
+    server.close()
+    await engine.server.close()
     engine.runner.stop()
 
 
