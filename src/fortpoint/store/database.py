@@ -77,9 +77,7 @@ class Database:
         path = home / "fortpoint.db"
         try:
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Made here, because SQLite would make it (and its WAL beside it) by the umask.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            path.chmod(0o600)
+            _make_private(path)
         except OSError as error:
             raise StorageError(f"the database cannot be opened: {error.strerror}") from None
         return cls(str(path))
@@ -108,6 +106,17 @@ class Database:
         """Close every connection."""
         with _translated():
             await self._engine.dispose()
+
+
+def _make_private(path: Path) -> None:
+    """A file for its owner only. SQLite alone would make it, and its WAL, by the umask."""
+    try:
+        # One that exists is never opened: closing any descriptor of the file would drop the
+        # locks of this process's own connections (fcntl(2)), and with them the WAL's safety.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        if path.is_file() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
 
 
 def _url(path_or_url: str) -> URL:
