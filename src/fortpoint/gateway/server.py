@@ -6,9 +6,9 @@
 The listening socket is inherited and outlives the process, so that a restart loses no
 connection that waits in its queue. The order is the point:
 
-1. open the files of the home that may be written: the database and the log's keys
-2. give up capabilities, tracing and every other file (the weights in the same home too)
-3. only then load the guard, start the loop, open the services, serve
+1. give up capabilities, tracing, and every file but the interpreter's and the home's
+   ``state`` folder (so the weights in the same home too), and forbid system calls
+2. only then load the guard, start the loop, open the services, serve
 
 Logs are one line a request on standard error, without texts, keys or query strings.
 Not protected here: the database itself. Whoever makes this process run code can write it;
@@ -23,7 +23,6 @@ import contextlib
 import logging
 import signal
 import socket
-import sqlite3
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -37,13 +36,7 @@ from fortpoint.access.keys import KeyRing
 from fortpoint.audit.log import AuditLog
 from fortpoint.config import Config
 from fortpoint.engine.client import EngineClient
-from fortpoint.errors import (
-    ConfigError,
-    FortPointError,
-    SandboxError,
-    StorageError,
-    VerificationError,
-)
+from fortpoint.errors import ConfigError, FortPointError, SandboxError, VerificationError
 from fortpoint.gateway.app import create_app
 from fortpoint.gateway.services import Services
 from fortpoint.store.database import Database
@@ -63,13 +56,13 @@ def run(config: Config, socket_fd: int, engine_socket: Path, parent_pid: int | N
 
     With ``parent_pid`` the process is confined, for good, and dies with that parent.
     """
-    with contextlib.ExitStack() as stack:
-        if parent_pid is not None:
-            files = stack.enter_context(_held_open(config.home_path))
-            _confine(config, files, parent_pid)
-        listener = stack.enter_context(socket.socket(fileno=socket_fd))
+    if parent_pid is not None:
+        _confine(config, parent_pid)
+    with (
+        socket.socket(fileno=socket_fd) as listener,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
         listener.setblocking(False)
-        runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
         runner.run(serve(config, listener, engine_socket))
 
 
@@ -123,10 +116,10 @@ async def real_services(config: Config, engine_socket: Path) -> AsyncIterator[Se
     from fortpoint.guard.guard import Guard
 
     async with contextlib.AsyncExitStack() as stack:
-        database = Database.in_home(config.home_path)
+        database = Database.in_home(config.state_path)
         stack.push_async_callback(database.close)
         await database.migrate()
-        audit = await AuditLog.open(database, config.home_path)
+        audit = await AuditLog.open(database, config.state_path)
         stack.push_async_callback(audit.close)
         engine = EngineClient(engine_socket)
         stack.push_async_callback(engine.close)
@@ -134,34 +127,23 @@ async def real_services(config: Config, engine_socket: Path) -> AsyncIterator[Se
         yield Services(config, engine, guard, KeyRing(database), audit)
 
 
-@contextlib.contextmanager
-def _held_open(home: Path) -> Iterator[list[Path]]:
-    """What may be written in the home, kept in place.
-
-    Rules for single files hold only while these files are not remade, and SQLite removes its
-    write-ahead log with its last connection: so one connection stays open.
-    """
-    Database.in_home(home)
-    database = home / "fortpoint.db"
-    keys = home / "keys"
-    keys.mkdir(mode=0o700, exist_ok=True)
-    try:
-        with contextlib.closing(sqlite3.connect(database)) as held:
-            held.execute("PRAGMA journal_mode = WAL")
-            held.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            yield [*(Path(f"{database}{suffix}") for suffix in ("", "-wal", "-shm")), keys]
-    except sqlite3.Error:
-        raise StorageError("the database cannot be opened; run `fortpoint doctor`") from None
-
-
-def _confine(config: Config, writable: list[Path], parent_pid: int) -> None:
+def _confine(config: Config, parent_pid: int) -> None:
+    """Keep only the state folder: neither the weights nor anything else of the home."""
+    config.state_path.mkdir(mode=0o700, parents=True, exist_ok=True)
     hardening.harden_process(parent_pid=parent_pid)
     hardening.confine_files(
-        read=[*hardening.python_paths(), *hardening.runtime_paths()], write=writable
+        read=[*hardening.python_paths(), *hardening.runtime_paths()], write=[config.state_path]
     )
     hardening.forbid_syscalls(hardening.GATEWAY)
     if config.engine.sandbox == "require":
         hardening.require_protections(_REQUIRED)
+
+
+def _config_of(text: str) -> Config:
+    try:
+        return msgspec.json.decode(text, type=Config)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"--config: {error}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        config = msgspec.json.decode(options.config, type=Config)
+        config = _config_of(options.config)
         run(config, options.socket_fd, options.engine_socket, options.parent_pid)
     except FortPointError as error:
         print(f"gateway: {error.message}", file=sys.stderr, flush=True)
