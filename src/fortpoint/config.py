@@ -139,6 +139,11 @@ class Config(_Section, frozen=True, kw_only=True):
         except RuntimeError:
             raise ConfigError(f"home: there is no home directory for {self.home!r}") from None
 
+    @property
+    def state_path(self) -> Path:
+        """What the gateway may write: the database, and the key that signs the record."""
+        return self.home_path / "state"
+
 
 class Key(msgspec.Struct, frozen=True):
     """One documented key: dotted name, type, limits, default (as TOML), description."""

@@ -32,8 +32,8 @@ class Home:
         return self.path / "run" / "engine.sock"
 
     @property
-    def database(self) -> Path:
-        return self.path / "fortpoint.db"
+    def state(self) -> Path:
+        return self.path / "state"
 
     def make(self) -> None:
         """Create what is missing. Raises ``ConfigError`` where that cannot be."""
@@ -43,7 +43,7 @@ class Home:
                 "choose a shorter one (at most about 90 characters)"
             )
         try:
-            for folder in (self.path, self.path / "models", self.path / "run"):
+            for folder in (self.path, self.path / "models", self.path / "run", self.state):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise ConfigError(f"cannot use {self.path} as home: {error.strerror}") from None

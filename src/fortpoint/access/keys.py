@@ -55,10 +55,13 @@ class Principal(msgspec.Struct, frozen=True):
 
 
 class NewKey(msgspec.Struct, frozen=True):
-    """A key at the only moment when its ``secret`` (the whole bearer token) is known."""
+    """A key at the only moment when its ``secret`` (the whole bearer token) is known.
+
+    In JSON the secret is called ``key``, for that is what a caller presents.
+    """
 
     key_id: str
-    secret: str
+    secret: str = msgspec.field(name="key")
     user: str
     role: RoleName
     expires_at: datetime | None

@@ -18,7 +18,9 @@ import typer
 from fortpoint.errors import AuditUnavailable, InvalidRequest, StorageError
 
 if TYPE_CHECKING:
-    from fortpoint.access.keys import KeyRecord, KeyRing, NewKey
+    from pathlib import Path
+
+    from fortpoint.access.keys import KeyRecord, KeyRing, NewKey, RoleName
     from fortpoint.audit.log import AuditLog
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
@@ -50,12 +52,15 @@ def create(
 
     import msgspec
 
-    new = asyncio.run(_create(user, role, _expiry(expires, datetime.now(UTC))))
+    from fortpoint.config import load
+
+    until = _expiry(expires, datetime.now(UTC))
+    new = asyncio.run(create_recorded(load().state_path, user, role.value, until))
     if as_json:
         typer.echo(msgspec.json.encode(new).decode())
         return
-    until = f", until {_moment(new.expires_at)}" if new.expires_at else ""
-    typer.echo(f"Key {new.key_id} for {new.user} ({new.role}{until}):\n\n  {new.secret}\n")
+    ends = f", until {_moment(new.expires_at)}" if new.expires_at else ""
+    typer.echo(f"Key {new.key_id} for {new.user} ({new.role}{ends}):\n\n  {new.secret}\n")
     typer.echo("Keep it now: it is shown only this once.")
 
 
@@ -88,12 +93,15 @@ def revoke(
     typer.echo(json.dumps({"key_id": key_id, "revoked": True}) if as_json else f"Revoked {key_id}.")
 
 
-async def _create(user: str, role: RoleOption, expires_at: datetime | None) -> NewKey:
-    async with _opened() as (keyring, log):
-        new = await keyring.create(user, role.value, expires_at)
+async def create_recorded(
+    state: Path, user: str, role: RoleName, expires_at: datetime | None
+) -> NewKey:
+    """A new key in the home's ``state`` folder, recorded before it is returned."""
+    async with _opened(state) as (keyring, log):
+        new = await keyring.create(user, role, expires_at)
         until = f", expires {_moment(expires_at)}" if expires_at else ""
         try:
-            await _record(log, "create", f"key {new.key_id} for {user} as {role.value}{until}")
+            await _record(log, "create", f"key {new.key_id} for {user} as {role}{until}")
         except AuditUnavailable:
             # A key nobody knows the secret of does no harm; revoked, it says so in the list.
             with suppress(StorageError):
@@ -107,7 +115,7 @@ async def _list() -> tuple[KeyRecord, ...]:
     from fortpoint.config import load
     from fortpoint.store.database import Database
 
-    database = Database.in_home(load().home_path)
+    database = Database.in_home(load().state_path)
     try:
         await database.migrate()
         return await KeyRing(database).list()
@@ -116,7 +124,9 @@ async def _list() -> tuple[KeyRecord, ...]:
 
 
 async def _revoke(key_id: str) -> None:
-    async with _opened() as (keyring, log):
+    from fortpoint.config import load
+
+    async with _opened(load().state_path) as (keyring, log):
         # Revoked first: should the record fail, the safe half is what has happened.
         await keyring.revoke(key_id)
         await _record(log, "revoke", f"key {key_id}")
@@ -142,18 +152,16 @@ async def _record(log: AuditLog, command: str, detail: str) -> None:
 
 
 @asynccontextmanager
-async def _opened() -> AsyncIterator[tuple[KeyRing, AuditLog]]:
+async def _opened(state: Path) -> AsyncIterator[tuple[KeyRing, AuditLog]]:
     """The key ring and the log. The log first: without a record, nothing is changed."""
     from fortpoint.access.keys import KeyRing
     from fortpoint.audit.log import AuditLog
-    from fortpoint.config import load
     from fortpoint.store.database import Database
 
-    home = load().home_path
-    database = Database.in_home(home)
+    database = Database.in_home(state)
     try:
         await database.migrate()
-        log = await AuditLog.open(database, home)
+        log = await AuditLog.open(database, state)
         try:
             yield KeyRing(database), log
         finally:

@@ -154,7 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parent-pid", type=int, help="process that must be the parent")
     parser.add_argument("--config", required=True, help="the whole configuration as JSON")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("fortpoint").setLevel(logging.INFO)
     try:
         config = _config_of(options.config)
         run(config, options.socket_fd, options.engine_socket, options.parent_pid)

@@ -1,0 +1,193 @@
+"""Starts the engine and the gateway, restarts what dies, stops both cleanly.
+
+It answers no request and reads no weights. A child that exits with code 2 says that a new
+start would fail in the same way: then everything stops. Otherwise it is started again, after
+a pause that doubles while it keeps dying.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from fortpoint.config import Config
+from fortpoint.engine.client import EngineClient
+from fortpoint.engine.protocol import Description
+from fortpoint.engine.worker import EngineSpec
+from fortpoint.errors import ConfigError, EngineUnavailable
+from fortpoint.home import Home
+from fortpoint.vault.model_folder import model_path
+
+_STOP_TIMEOUT_S = 8.0
+_START_TIMEOUT_S = 120.0
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 30.0
+_STEADY_S = 60.0  # a child that lived this long starts again without a longer pause
+_HOPELESS = 2
+
+# What children get of our environment: nothing that may hold a secret.
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "PYTHONWARNINGS")
+
+# Memory of finished requests goes back to the system; sequences come and go.
+_ENGINE_MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 20),
+}
+
+# Small vectors only: a second BLAS thread would cost memory and buy nothing.
+_GATEWAY_ENV = {"OPENBLAS_NUM_THREADS": "1"}
+
+
+class Child:
+    """One process that is kept running."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: dict[str, str],
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self.name = name
+        self._command = command
+        self._environment = environment
+        self._pass_fds = tuple(pass_fds)
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+
+    async def keep_running(self, say: Callable[[str], None]) -> int:
+        """Start, and start again; returns the exit code once it is stopped or hopeless."""
+        pause, code = _FIRST_PAUSE_S, 0
+        while not self._stopping:
+            started = time.monotonic()
+            # Its own process group: Ctrl-C reaches the supervisor alone, which stops in order.
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=self._pass_fds,
+                process_group=0,
+            )
+            code = await self._process.wait()
+            if code == _HOPELESS or self._told_to_stop():
+                break
+            pause = _FIRST_PAUSE_S if time.monotonic() - started > _STEADY_S else pause
+            say(f"{self.name} ended ({_cause(code)}); starting it again in {pause:.1f} s")
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+        return code
+
+    def _told_to_stop(self) -> bool:
+        return self._stopping
+
+    async def stop(self) -> None:
+        """SIGTERM, then SIGKILL for a process that does not go."""
+        self._stopping = True
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The listening socket, which outlives every gateway process. Raises ``ConfigError``."""
+    try:
+        return socket.create_server((host, port), backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; "
+            "free the port or set another one with PORT=..."
+        ) from None
+
+
+def engine_child(config: Config, home: Home, probes: Path | None) -> Child:
+    spec = EngineSpec(
+        config=config.engine,
+        model=str(model_path(home.path, config.engine.model)),
+        socket=str(home.engine_socket),
+        probes=None if probes is None else str(probes),
+        parent_pid=os.getpid(),
+    )
+    command = _module("fortpoint.engine.worker", msgspec.json.encode(spec).decode())
+    return Child("engine", command, _environment() | _ENGINE_MALLOC)
+
+
+def gateway_child(config: Config, home: Home, listener: socket.socket) -> Child:
+    command = _module(
+        "fortpoint.gateway.server",
+        *("--socket-fd", str(listener.fileno()), "--engine-socket", str(home.engine_socket)),
+        *("--parent-pid", str(os.getpid()), "--config", msgspec.json.encode(config).decode()),
+    )
+    return Child("gateway", command, _environment() | _GATEWAY_ENV, [listener.fileno()])
+
+
+async def run(
+    engine: Child,
+    gateway: Child,
+    home: Home,
+    on_ready: Callable[[Description], None],
+    say: Callable[[str], None],
+) -> int:
+    """Until SIGINT or SIGTERM (returns 0), or until a child cannot run (returns 1)."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    children = [asyncio.create_task(child.keep_running(say)) for child in (engine, gateway)]
+    ready = asyncio.create_task(_announce(home, on_ready, say))
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([*children, stopped], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ready.cancel()
+        if stop.is_set():
+            say("stopping")
+        await gateway.stop()  # first, so that running requests end and are recorded
+        await engine.stop()
+        await asyncio.gather(*children, return_exceptions=True)
+        stopped.cancel()
+    return 0 if stop.is_set() else 1
+
+
+async def _announce(
+    home: Home, on_ready: Callable[[Description], None], say: Callable[[str], None]
+) -> None:
+    client = EngineClient(home.engine_socket)
+    try:
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            while True:
+                try:
+                    on_ready(await client.describe())
+                    return
+                except EngineUnavailable:
+                    await asyncio.sleep(0.05)
+    except TimeoutError:
+        say(f"the engine is not ready after {_START_TIMEOUT_S:.0f} s; see its messages above")
+    finally:
+        await client.close()
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    """Run a module of ours; ``-P`` keeps the current folder off its path."""
+    return [sys.executable, "-P", "-m", name, *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+
+
+def _cause(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
