@@ -39,7 +39,7 @@ def verify(
         str | None,
         typer.Option(
             "--public-key",
-            help="The log's verifier key, kept by you; the home's keys/audit.pub where absent.",
+            help="The log's verifier key, kept by you; else state/keys/audit.pub of the home.",
         ),
     ] = None,
     checkpoint: Annotated[
@@ -54,11 +54,11 @@ def verify(
     from fortpoint.audit.checkpoint import VerifierKey
     from fortpoint.audit.signing_key import load_public
 
-    folder = _home(home)
+    folder = _state(home)
     try:
         database = folder / "fortpoint.db"
         if not database.exists():
-            raise VerificationError(f"there is no log in {folder}")
+            raise VerificationError(f"there is no log in {folder.parent}")
         key = VerifierKey.parse(public_key) if public_key else load_public(folder)
         kept = _kept(checkpoint, key)
         with _progress() as on_progress:
@@ -91,7 +91,7 @@ def show(
 
     import msgspec
 
-    records = asyncio.run(_recent(_home(home), limit))
+    records = asyncio.run(_recent(_state(home), limit))
     if as_json:
         typer.echo(msgspec.json.encode(records).decode())
     elif records:
@@ -108,7 +108,7 @@ def checkpoint(as_json: Json = False, home: Home = None) -> None:
 
     from fortpoint.audit.signing_key import load_public
 
-    folder = _home(home)
+    folder = _state(home)
     note = asyncio.run(_newest_checkpoint(folder))
     opened = load_public(folder).open_checkpoint(note)
     if not as_json:
@@ -123,10 +123,11 @@ def checkpoint(as_json: Json = False, home: Home = None) -> None:
     typer.echo(json.dumps(fields))
 
 
-def _home(home: Path | None) -> Path:
+def _state(home: Path | None) -> Path:
+    """The folder of the database and the log's keys."""
     from fortpoint.config import load
 
-    return load(flags=() if home is None else (f"home={home}",)).home_path
+    return load(flags=() if home is None else (f"home={home}",)).state_path
 
 
 def _kept(path: Path | None, key: VerifierKey) -> Checkpoint | None:
@@ -141,12 +142,12 @@ def _kept(path: Path | None, key: VerifierKey) -> Checkpoint | None:
         raise VerificationError(f"{path}: {error.message}") from None
 
 
-async def _recent(home: Path, limit: int) -> tuple[Recorded, ...]:
+async def _recent(state: Path, limit: int) -> tuple[Recorded, ...]:
     from fortpoint.audit.history import recent
     from fortpoint.store.database import Database
 
-    _check_present(home)
-    database = Database.in_home(home)
+    _check_present(state)
+    database = Database.in_home(state)
     try:
         await database.migrate()
         return await recent(database, limit)
@@ -154,12 +155,12 @@ async def _recent(home: Path, limit: int) -> tuple[Recorded, ...]:
         await database.close()
 
 
-async def _newest_checkpoint(home: Path) -> bytes:
+async def _newest_checkpoint(state: Path) -> bytes:
     from fortpoint.audit.history import newest_checkpoint
     from fortpoint.store.database import Database
 
-    _check_present(home)
-    database = Database.in_home(home)
+    _check_present(state)
+    database = Database.in_home(state)
     try:
         await database.migrate()
         return await newest_checkpoint(database)
@@ -167,9 +168,9 @@ async def _newest_checkpoint(home: Path) -> bytes:
         await database.close()
 
 
-def _check_present(home: Path) -> None:
-    if not (home / "fortpoint.db").exists():
-        raise NotFound(f"there is no log in {home}")
+def _check_present(state: Path) -> None:
+    if not (state / "fortpoint.db").exists():
+        raise NotFound(f"there is no log in {state.parent}")
 
 
 @contextmanager
