@@ -206,6 +206,7 @@ async def test_body_announced_too_large_is_refused_unread(
 
     _is_error(response, 413, "payload_too_large")
     assert read == 0
+    assert response.headers["connection"] == "close"
     assert [entry.status for entry in bench.audit.entries] == [413]
 
 

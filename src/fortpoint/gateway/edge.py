@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from litestar.enums import ScopeType
@@ -29,6 +30,7 @@ from fortpoint.gateway.services import Services
 
 _logger = logging.getLogger("fortpoint.gateway")
 
+_END_S = 10.0
 _LINGER_S = 2.0
 _LINGER_BYTES = 64 * 1024 * 1024
 
@@ -90,15 +92,24 @@ class Edge:
         work.cancel()
         watch.cancel()
         await asyncio.gather(work, watch, return_exceptions=True)
-        exchange = channel.exchange
         try:
-            await exchange.release()
+            await self._last_step(channel, channel.exchange.release)
             if not channel.complete:
-                await channel.fail(exchange.fault or fault)
-        except (FortPointError, OSError, RuntimeError) as error:
-            _logger.error("exchange id=%s end=%s", exchange.request_id, type(error).__name__)
+                await self._last_step(
+                    channel, lambda: channel.fail(channel.exchange.fault or fault)
+                )
         finally:
             self._account(channel, work)
+
+    async def _last_step(self, channel: _Channel, step: Callable[[], Awaitable[None]]) -> None:
+        """Take it, but wait no longer for a client that does not read."""
+        try:
+            async with asyncio.timeout(_END_S):
+                await step()
+        except Exception as error:  # noqa: BLE001 - the other steps must be taken, whatever broke
+            _logger.error(
+                "exchange id=%s end=%s", channel.exchange.request_id, type(error).__name__
+            )
 
     def _account(self, channel: _Channel, work: asyncio.Task[None]) -> None:
         exchange = channel.exchange
@@ -248,16 +259,16 @@ class _Channel:
 
     async def _respond(self, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         await self.exchange.release()
-        lingers = self._has_unread_body()
+        unread = self._has_unread_body()
         kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
         kept += [(b"content-length", b"%d" % len(body)), *self._own_headers()]
         if self.status == 204:
             kept = [(name, value) for name, value in kept if name != b"content-length"]
-        if lingers:
+        if unread:  # what follows on this connection could be taken for another request
             kept.append((b"connection", b"close"))
         self._begun = True
         await self._send({"type": "http.response.start", "status": self.status, "headers": kept})
-        if lingers:
+        if unread and not self._waits_to_be_asked():
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
             await self._linger()
             body = b""
@@ -269,10 +280,13 @@ class _Channel:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _has_unread_body(self) -> bool:
-        """True when the client is still sending; ``Expect`` means that it waits to be asked."""
         headers = dict(self._scope["headers"])
         announced = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
-        return announced and not self._uploaded.is_set() and b"expect" not in headers
+        return announced and not self._uploaded.is_set()
+
+    def _waits_to_be_asked(self) -> bool:
+        """True when the client holds its body back until it gets a 100."""
+        return any(name == b"expect" for name, _ in self._scope["headers"])
 
     async def _linger(self) -> None:
         """Read and drop for a short while: closing at once would reset the connection and
