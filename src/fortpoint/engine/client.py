@@ -12,7 +12,6 @@ found without anybody's help.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,8 +119,7 @@ class _SocketStream:
         if self._ended:
             return
         self._end()
-        with contextlib.suppress(errors.EngineError):  # a dead engine has stopped already
-            await self._connection.send(Cancel(self._id))
+        self._connection.cancel(self._id)
 
     def _end(self) -> None:
         self._ended = True
@@ -166,6 +164,11 @@ class _Connection:
             await self._writer.drain()
         except ConnectionError:
             raise _error_of(None) from None
+
+    def cancel(self, request_id: str) -> None:
+        """Tell the engine without waiting; a dead one has stopped already."""
+        if not self.closed:
+            self._writer.write(protocol.encode(Cancel(request_id)))
 
     async def close(self) -> None:
         self._reading.cancel()
@@ -227,7 +230,9 @@ class EngineClient:
         try:
             await connection.send(request)
         except BaseException:
+            # The frame may be out already; nobody will read the answer.
             connection.unsubscribe(request.id)
+            connection.cancel(request.id)
             raise
         return stream
 
