@@ -6,13 +6,11 @@ an architecture without our filter the tests that need them skip and say so.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -267,161 +265,6 @@ async def main():
         await server.serve_forever()
 asyncio.run(main())
 """
-
-
-@needs_landlock
-@needs_seccomp
-def test_gateway_profile_reaches_engine_and_database_but_not_weights(place: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as fake_engine:
-        fake_engine.bind(str(place / "fake.sock"))
-        fake_engine.listen()
-        found = answers(_GATEWAY, place)
-    assert found == {
-        "database": "[(7,)]",
-        "engine": "None",
-        "weights": "EACCES",
-        "weights by another name": "EACCES",
-        "internet socket": "EPERM",
-        "alg socket": "EPERM",
-        "make file private": "None",
-        "make file public": "EPERM",
-        "run program": "EPERM",
-        "served": "pong",
-        "no_network": False,
-        "others": True,
-    }
-
-
-_GATEWAY = """
-import sqlite3
-inherited = socket.create_server(("127.0.0.1", 0))
-client = socket.create_connection(inherited.getsockname())
-harden_process(os.getppid())
-confine_files([*python_paths(), *runtime_paths()], [place / "state"], tcp=False)
-forbid_syscalls(GATEWAY)
-def database():
-    with sqlite3.connect(place / "state/fortpoint.db") as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE t (x)")
-        connection.execute("INSERT INTO t VALUES (7)")
-        connection.commit()
-        return connection.execute("SELECT x FROM t").fetchall()
-def engine():
-    with socket.socket(socket.AF_UNIX) as peer:
-        peer.connect(str(place / "fake.sock"))
-async def serve():
-    import uvloop, uvicorn
-    length = [(b"content-length", b"4")]
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": length})
-        await send({"type": "http.response.body", "body": b"pong"})
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", loop="uvloop"))
-    task = asyncio.create_task(server.serve(sockets=[inherited]))
-    client.setblocking(False)
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, uvloop.Loop)
-    lines = [b"GET / HTTP/1.1", b"Host: x", b"Connection: close", b"", b""]
-    await loop.sock_sendall(client, b"\\r\\n".join(lines))
-    received = b""
-    while chunk := await loop.sock_recv(client, 1000):
-        received += chunk
-    server.should_exit = True
-    await task
-    return received[-4:].decode()
-measured = protections()
-print(json.dumps({
-    "database": attempt(database),
-    "engine": attempt(engine),
-    "weights": attempt((place / "models/weights").read_text),
-    "weights by another name": attempt(
-        (place / "state" / ".." / "models" / "weights").read_text),
-    "internet socket": attempt(lambda: socket.socket(socket.AF_INET)),
-    "alg socket": attempt(lambda: socket.socket(38, socket.SOCK_SEQPACKET)),
-    "make file private": attempt(lambda: os.chmod(place / "state/fortpoint.db", 0o600)),
-    "make file public": attempt(lambda: os.chmod(place / "state/fortpoint.db", 0o644)),
-    "run program": attempt(lambda: os.execv("/bin/true", ["true"])),
-    "served": __import__("uvloop").run(serve()),
-    "no_network": measured.pop("no_network"),
-    "others": all(measured.values()),
-}))
-"""
-
-
-@needs_landlock
-@needs_seccomp
-def test_gateway_with_rules_for_files_keeps_a_database_that_is_held_open(tmp_path: Path) -> None:
-    """The database beside the weights: rules name its three files, so they must not be remade.
-
-    SQLite removes the WAL when the last connection closes; one connection that is opened
-    before and stays open keeps the files the rules were made for.
-    """
-    (tmp_path / "weights").write_text("weights")
-    gateway = subprocess.Popen(
-        [sys.executable, "-c", CONFINE + _HOLD_DATABASE, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert gateway.stdout is not None
-        assert gateway.stdout.readline() == "ready\n"
-        _write_row(tmp_path / "fortpoint.db", 2)
-        assert (tmp_path / "fortpoint.db-wal").exists()
-        output, errors = gateway.communicate("go\n", timeout=20)
-    finally:
-        gateway.kill()
-        gateway.wait(timeout=10)
-    assert gateway.returncode == 0, errors
-    assert json.loads(output) == ["[(1,), (2,), (3,)]", "EACCES"]
-
-
-def _write_row(path: Path, value: int) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("INSERT INTO t VALUES (?)", (value,))
-
-
-_HOLD_DATABASE = """
-import sqlite3
-path = place / "fortpoint.db"
-held = sqlite3.connect(path)
-held.execute("PRAGMA journal_mode = WAL")
-held.execute("CREATE TABLE t (x)")
-held.commit()
-harden_process(os.getppid())
-files = [place / f"fortpoint.db{suffix}" for suffix in ("", "-wal", "-shm")]
-confine_files([*python_paths(), *runtime_paths()], files)
-forbid_syscalls(GATEWAY)
-def write(value):
-    connection = sqlite3.connect(path)
-    connection.execute("INSERT INTO t VALUES (?)", (value,))
-    connection.commit()
-    rows = connection.execute("SELECT x FROM t ORDER BY x").fetchall()
-    connection.close()
-    return rows
-write(1)
-print("ready", flush=True)
-sys.stdin.readline()
-print(json.dumps([attempt(lambda: write(3)), attempt((place / "weights").read_text)]))
-"""
-
-
-@needs_seccomp
-def test_gateway_outbound_profile_connects_but_makes_no_odd_socket(place: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as outside:
-        port = outside.getsockname()[1]
-        found = answers(
-            f"""
-            forbid_syscalls(GATEWAY_OUTBOUND)
-            print(json.dumps({{
-                "connect": attempt(lambda: socket.create_connection(("127.0.0.1", {port})).close()),
-                "vsock": attempt(lambda: socket.socket(40)),
-                "netlink": attempt(lambda: socket.socket(16, socket.SOCK_RAW)),
-            }}))
-            """,
-            place,
-        )
-    assert found == {"connect": "None", "vsock": "EPERM", "netlink": "EPERM"}
 
 
 @needs_landlock
