@@ -68,7 +68,7 @@ async def test_append_returns_the_place_and_hash_of_what_is_stored(
         rows = (await connection.execute(select(audit_entries))).all()
     for receipt, row in zip(receipts, rows, strict=True):
         assert row.leaf_hash == leaf_hash(row.entry) == bytes.fromhex(receipt.leaf_hash)
-        assert unseal(row.entry).entry.request_id == f"req_{row.index}"
+        assert unseal(row.entry).entry.request_id == f"req_{row[0]}"
     assert verified(home).entries == 5
 
 
@@ -418,7 +418,7 @@ async def test_process_killed_while_appending_loses_nothing_acknowledged(
         rows = (await connection.execute(select(audit_entries))).all()
         newest = (await connection.execute(select(func.max(audit_checkpoints.c.size)))).scalar_one()
     assert newest == report.entries
-    stored = {row.index: row for row in rows}
+    stored = {row[0]: row for row in rows}
     for index, leaf, request_id in acknowledged:
         row = stored[int(index)]
         assert row.leaf_hash.hex() == leaf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta, timezone
@@ -222,16 +223,12 @@ async def test_database_opened_again_keeps_this_process_s_locks(
             "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], timeout=0);"
             "c.execute('BEGIN IMMEDIATE')"
         )
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            script,
-            str(tmp_path / "home" / "fortpoint.db"),
-            stderr=asyncio.subprocess.PIPE,
+        command = [sys.executable, "-c", script, str(tmp_path / "home" / "fortpoint.db")]
+        process = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, check=False, timeout=60
         )
-        _, errors = await process.communicate()
     assert process.returncode == 1
-    assert b"database is locked" in errors
+    assert b"database is locked" in process.stderr
 
 
 async def test_constraint_broken_is_a_storage_error_without_values(database: Database) -> None:

@@ -138,18 +138,29 @@ def _sqlite_engine(url: URL) -> AsyncEngine:
         max_overflow=0,
         connect_args={"timeout": _BUSY_TIMEOUT_S},
     )
+    event.listen(engine.sync_engine, "do_connect", _try_sqlite)
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
+
+
+def _try_sqlite(_dialect: object, _record: object, arguments: Any, _options: object) -> None:
+    # aiosqlite answers a failed open with a thread that outlives it and may report to a loop
+    # that is gone. So what cannot be opened fails here first; nothing is read or locked.
+    sqlite3.connect(arguments[0]).close()
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     # Without this, Python's sqlite3 would begin transactions by itself, late and deferred.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in _PRAGMAS:
-        cursor.execute(pragma)
-    cursor.close()
+    try:
+        for pragma in _PRAGMAS:
+            cursor.execute(pragma)
+        cursor.close()
+    except sqlite3.Error:
+        connection.close()  # the pool does not know it yet
+        raise
 
 
 def _begin_sqlite(connection: Connection) -> None:
