@@ -1,1 +1,1 @@
-"""May it pass: detectors over text and over the residual stream, and the policy."""
+"""May it pass: detectors that read text and the model's residual stream, and the decision."""

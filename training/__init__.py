@@ -1,0 +1,1 @@
+"""Scripts that make the artefacts the package ships. Not part of the package itself."""
