@@ -25,11 +25,17 @@ def write(
     read: Mapping[str, Scored],
     text: Mapping[str, Scored],
     calibrations: Mapping[str, Calibration],
+    n_tokens: Sequence[int],
 ) -> str:
-    """The card. ``read`` and ``text`` hold the scores with and without readings."""
+    """The card. ``read`` and ``text`` hold the scores with and without readings, ``n_tokens`` how
+    much of each text was read inside the model."""
     parts = [
         _INTRODUCTION.format(
-            layers=", ".join(map(str, LAYERS)), short=MAX_TOKENS, long=LONG_TOKENS
+            layers=", ".join(map(str, LAYERS)),
+            limit=LONG_TOKENS,
+            long=sum(n > MAX_TOKENS for n in n_tokens),
+            all=len(n_tokens),
+            short=MAX_TOKENS,
         ),
         _detection(read["tail"], text["text"]),
         _alarms(read["tail"], text["text"]),
@@ -46,7 +52,10 @@ def _detection(read: Scored, text: Scored) -> str:
         "AUROC of a family's attacks against benign rows, by models that saw no row of that",
         "family, and the share that is blocked (by any detector) at the shipped thresholds.",
         "*Plain* compares with ordinary benign rows, *all* with hard benign rows too. Benign sets",
-        "are weighted by the root of their size, so that short bank questions do not decide.\n",
+        "are weighted by the root of their size, so that short bank questions do not decide. The",
+        "penalties and the joining function were chosen on these same left-out scores, so the",
+        "figures are a little kind; each fold leaves out further families beside the one named,",
+        "so they are a little harsh as well.\n",
     ]
     for title, detector, labels in _TASKS:
         lines += [
@@ -99,7 +108,7 @@ def _thresholds(calibrations: Mapping[str, Calibration]) -> str:
         "## Thresholds\n",
         "Chosen on left-out scores of rows that may train: the lowest value at which the detector",
         "alone blocks at most "
-        + ", ".join(f"{budget:.1%} of {name}" for name, budget, _ in BUDGETS)
+        + ", ".join(f"{budget:.2%} of {name}" for name, budget, _ in BUDGETS)
         + ".",
         "*Strict* allows a tenth of that and applies to system and assistant text that a client",
         "supplies.\n",
@@ -146,8 +155,8 @@ harmful_request) for SmolLM2-135M-Instruct, each a logistic function of
 
 Both are L2-regularised logistic regressions; each data set of n rows counts as the root of n.
 A jailbreak is a weaker positive for injection and the reverse; no detector's positive is
-another's negative. Texts were read as one user turn, up to {short} tokens ({long} for one in
-eight), seven in ten under the template's own system prompt.
+another's negative. Each text was read as one user turn from its start, at most {limit} tokens
+({long} of {all} beyond the first {short}), seven in ten under the template's own system prompt.
 """
 
 _LIMITS = """\

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from safetensors.numpy import save_file
+from threadpoolctl import threadpool_limits
 
 from fortpoint.guard.calibration import Calibration, Calibrations
 from fortpoint.guard.detector import tail_probe
@@ -45,7 +46,9 @@ def main() -> None:
     rows = select(arguments.data)
     if not arguments.no_harvest:
         harvest([row for row in rows if row.read], cache, arguments.model.expanduser())
-    train(text.choose(rows), cache.load(), arguments.out)
+    # One thread: sums in another order would give other last digits, and other artefacts.
+    with threadpool_limits(1):
+        train(text.choose(rows), cache.load(), arguments.out)
 
 
 def train(rows: list[Row], read: Mapping[str, Activations], out: Path) -> None:
@@ -58,7 +61,9 @@ def train(rows: list[Row], read: Mapping[str, Activations], out: Path) -> None:
     _write_text_model(rows, texts, out / "text_model.safetensors")
     _write_probes(subset, out)
     _write_json(Calibrations(calibrations), out / "calibration.json")
-    (out / "CARD.md").write_text(_card(rows, subset, evidence, calibrations), encoding="utf-8")
+    (out / "CARD.md").write_text(
+        _card(rows, subset, evidence, calibrations, read), encoding="utf-8"
+    )
 
 
 def _subset(rows: list[Row], read: Mapping[str, Activations]) -> _Subset:
@@ -111,13 +116,15 @@ def _card(
     subset: _Subset,
     evidence: Mapping[str, Evidence],
     calibrations: Mapping[str, Calibration],
+    activations: Mapping[str, Activations],
 ) -> str:
     of_read = {name: _taken(one, subset.at) for name, one in evidence.items()}
     read = {"tail": Scored.of(subset.rows, of_read, calibrations, "tail")}
     words = {"text": Scored.of(subset.rows, of_read, calibrations, "text")}
     used = {row.key for row in subset.rows}
     trained = [row if row.key in used else _unread(row) for row in rows]
-    return card.write(trained, read, words, calibrations)
+    n_tokens = [activations[row.key].n_tokens for row in subset.rows]
+    return card.write(trained, read, words, calibrations, n_tokens)
 
 
 def _taken(evidence: Evidence, at: Sequence[int]) -> Evidence:
