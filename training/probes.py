@@ -70,7 +70,8 @@ def train(
     detector: str,
     side: folds.Mask,
 ) -> Probe:
-    """A probe from the rows of ``side``."""
+    """A probe from the rows of ``side``, orders hidden in documents left out."""
+    side = side & np.array([not row.hidden for row in rows])
     y = folds.targets(rows, detector)
     weight = folds.weights(rows, y, side)
     if detector in ALSO:
