@@ -9,6 +9,9 @@ import httpx
 import pytest
 
 from fakes import Bench, in_process, serving
+from served import served
+
+__all__ = ["served"]
 
 
 @pytest.fixture
