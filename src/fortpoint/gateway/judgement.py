@@ -55,7 +55,11 @@ async def judge(
         raise Unsupported("the guard is turned off on this server")
     exchange.detectors = guard.detectors
     started = time.perf_counter()
-    verdict = await _ask(guard, messages, reading, trusted_roles(exchange.principal))
+    if exchange.services.config.guard.probes and (reading is None or not reading.probes):
+        # Text alone would be a weaker guard than the one that was asked for.
+        verdict = Verdict("failed", "probes", ())
+    else:
+        verdict = await _ask(guard, messages, reading, trusted_roles(exchange.principal))
     exchange.services.meter.judged(time.perf_counter() - started)
     exchange.verdict = verdict if exchange.verdict is None else join(exchange.verdict, verdict)
     return verdict
