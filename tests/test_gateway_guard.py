@@ -14,7 +14,7 @@ from fortpoint.config import Config
 from fortpoint.errors import ConfigError
 from fortpoint.gateway.judgement import join
 from fortpoint.gateway.services import Services
-from fortpoint.types import Role, Score, Verdict
+from fortpoint.types import Reading, Role, Score, Verdict
 
 _CHAT = "/v1/chat/completions"
 _TEXT = "/v1/completions"
@@ -109,6 +109,23 @@ async def test_guard_that_fails_closes_every_way(
     assert response.json()["error"]["code"] == "guard_failed"
     assert bench.engine.n_tokens == 0
     assert [entry.code for entry in bench.audit.entries] == ["guard_failed"]
+
+
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("reading", [None, Reading((), 4, b"", ())])
+async def test_guard_without_the_reading_it_asked_for_closes_every_way(
+    bench: Bench,
+    client: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    reading: Reading | None,
+) -> None:
+    monkeypatch.setattr("fakes._reading", lambda _n_tokens: reading)
+    path, ask = _WAYS[way]
+    response = await client.post(path, json={"model": MODEL, **ask})
+
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "guard_failed")
+    assert bench.engine.n_tokens == 0
 
 
 async def test_guard_that_raises_closes_and_says_nothing_of_why(

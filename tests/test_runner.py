@@ -149,6 +149,18 @@ def test_generate_evicted_and_computed_again_gives_the_same_sampled_text(folder:
     assert bench.budget.free == bench.budget.n_tokens
 
 
+def test_generate_sends_one_event_for_each_token_that_it_counts(folder: Path) -> None:
+    """Also for tokens without text: parts of a character, of a stop string, the end."""
+    bench = Bench(folder)
+    bench.submit(_ask("r", "hello", max_tokens=200, temperature=2.0, seed=2, n=3))
+    bench.run()
+    tokens = [event for event in bench.events["r"] if isinstance(event, Token)]
+    done = bench.events["r"][-1]
+    assert isinstance(done, Done)
+    assert len(tokens) == done.usage.completion
+    assert any(not token.text for token in tokens)
+
+
 def test_generate_held_computes_nothing_until_it_may_proceed(folder: Path) -> None:
     bench = Bench(folder)
     job = bench.submit(_ask("r", "hello", hold=True))

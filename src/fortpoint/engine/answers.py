@@ -78,8 +78,8 @@ class Answers:
         reason = self._reason(sequence, answer, ended=ended)
         if reason is not None:
             text += answer.text.finish()
-        if text:
-            job.send(Token(request_id, sequence.index, text))
+        # One event a token, with or without text: whoever meters counts events as they come.
+        job.send(Token(request_id, sequence.index, text))
         if reason is not None:
             job.send(Finished(request_id, sequence.index, reason))
             self._scheduler.remove(sequence)
