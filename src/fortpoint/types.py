@@ -41,18 +41,34 @@ class Segment(msgspec.Struct, frozen=True):
     end: int
 
 
-class Reading(msgspec.Struct, frozen=True):
-    """What the linear probes read in the residual stream during one prefill.
+class FeatureReading(msgspec.Struct, frozen=True):
+    """The strongest features of one dictionary at each token.
 
-    ``logits`` is a C-ordered little-endian float32 array of shape
-    ``[n_tokens, len(probes)]``: one logit for each prompt token and probe. ``segments``
-    cover all ``n_tokens`` in order.
+    ``indices`` is little-endian int32 ``[n_tokens, top]``, strongest first, -1 where fewer
+    were active; ``values`` float32 of the same shape, in units of each feature's training
+    maximum.
+    """
+
+    dictionary: str
+    top: int
+    indices: bytes
+    values: bytes
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """What was read in the residual stream: the linear probes, and features where asked for.
+
+    ``logits`` is a C-ordered little-endian float32 array of shape ``[n_tokens, n_probes]``:
+    one logit for each token and probe. ``segments`` cover all ``n_tokens`` of a prompt in
+    order. The reading of one answer token names no probes and has no segments: its probes are
+    those of the prompt's reading.
     """
 
     probes: tuple[str, ...]
     n_tokens: int
     logits: bytes
     segments: tuple[Segment, ...]
+    features: tuple[FeatureReading, ...] = ()
 
 
 class Score(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 A frame is four bytes of big-endian length and that many bytes of MessagePack, one struct of
 ``Request`` (to the engine) or ``Event`` (from it). Requests of one connection are
 multiplexed by ``id``, which the client chooses. Every stream of events for an ``id`` ends
-with exactly one ``Done``, ``Failed``, ``Scanned`` or ``Embedded``. A connection that closes
+with exactly one ``Done``, ``Failed``, ``Scanned``, ``Embedded`` or ``Scored``. A connection that closes
 cancels everything it asked for.
 
     -> Generate(id="r1", messages=..., hold=True)
@@ -29,11 +29,17 @@ from fortpoint.types import Message, Reading, Usage
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "stop_when"]
 
 
 class Sampling(msgspec.Struct, frozen=True):
-    """How to choose tokens. ``temperature`` 0 is greedy; ``logprobs`` None means none."""
+    """How to choose tokens. ``temperature`` 0 is greedy; ``top_k`` 0 and ``min_p`` 0 are off.
+
+    Penalties look at prompt and answer for ``repetition_penalty`` (1 is off), at the answer
+    alone for the other two (0 is off). ``logprobs`` is None for none, else how many
+    alternatives come with each token's own log-probability (0 to 5). ``json_schema`` is the
+    text of a JSON Schema that the answer must satisfy.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -42,13 +48,56 @@ class Sampling(msgspec.Struct, frozen=True):
     n: int = 1
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    json_schema: str | None = None
+
+
+class Condition(msgspec.Struct, frozen=True):
+    """A feature reads more than ``above``, in units of its training maximum.
+
+    ``feature`` is ``"<dictionary>/<index>"`` or the name of a direction.
+    """
+
+    feature: str
+    above: float
+
+
+class Steer(msgspec.Struct, frozen=True):
+    """One change of the residual stream at the layer where ``target`` lives.
+
+    ``target`` is ``"<dictionary>/<index>"`` or the name of a direction. ``strength`` is in
+    units of the target's training maximum: ``add`` adds that much of it, ``clamp`` sets it to
+    that much and keeps the rest (the dictionary's error too), ``ablate`` removes what lies
+    along it and ignores ``strength``. ``scope`` ``answer`` leaves the prompt as it is;
+    ``when`` must hold at the same token.
+    """
+
+    mode: Literal["add", "clamp", "ablate"]
+    target: str
+    strength: float = 0.0
+    scope: Literal["all", "answer"] = "all"
+    when: Condition | None = None
+
+
+class Watch(msgspec.Struct, frozen=True):
+    """What to send along with each token: the ``top`` features of each named dictionary."""
+
+    dictionaries: tuple[str, ...]
+    top: int = 32
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
     """Prefill, then (after ``Proceed`` when ``hold``) decode.
 
     Exactly one of ``messages`` (rendered with the chat template) and ``prompt`` (raw text,
-    counted as the user's) is given. ``read`` asks for the probes' ``Reading``.
+    counted as the user's) is given. ``read`` asks for the probes' ``Reading``. ``adapter``
+    names a LoRA adapter. ``stop_when`` ends the answer at the first token where one of its
+    conditions holds. ``tenant`` is who asks: places are shared fairly between tenants, and
+    only requests of one tenant share what was computed for a common prefix.
     """
 
     id: str
@@ -57,6 +106,11 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     prompt: str | None = None
     read: bool = True
     hold: bool = True
+    tenant: str = ""
+    adapter: str | None = None
+    watch: Watch | None = None
+    steer: tuple[Steer, ...] = ()
+    stop_when: tuple[Condition, ...] = ()
 
 
 class Scan(msgspec.Struct, frozen=True, tag=True):
@@ -71,6 +125,21 @@ class Embed(msgspec.Struct, frozen=True, tag=True):
 
     id: str
     texts: tuple[str, ...]
+
+
+class Score(msgspec.Struct, frozen=True, tag=True):
+    """Teacher-forced log-likelihood of ``continuation`` after a prompt (operator only).
+
+    ``messages`` are rendered with the chat template; with ``prompt`` the text is raw. An
+    empty prompt scores the continuation from its second token on.
+    """
+
+    id: str
+    continuation: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    tenant: str = ""
+    adapter: str | None = None
 
 
 class Proceed(msgspec.Struct, frozen=True, tag=True):
@@ -96,7 +165,9 @@ class Prefilled(msgspec.Struct, frozen=True, tag=True):
 class Token(msgspec.Struct, frozen=True, tag=True):
     """Text that is ready to leave. It may be empty (part of a character or of a stop string).
 
-    ``logprob`` and ``top`` (token text to log-probability) only where asked for.
+    ``logprob`` and ``top`` (token text to log-probability) only where asked for. ``reading``
+    (of one token, its probes named in ``Prefilled``) was taken where this token was chosen:
+    in the residual stream of the token before it.
     """
 
     id: str
@@ -104,7 +175,8 @@ class Token(msgspec.Struct, frozen=True, tag=True):
     text: str
     token: str | None = None
     logprob: float | None = None
-    top: dict[str, float] | None = None
+    top: tuple[tuple[str, float], ...] | None = None
+    reading: Reading | None = None
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
@@ -140,6 +212,23 @@ class Embedded(msgspec.Struct, frozen=True, tag=True):
     vectors: tuple[tuple[float, ...], ...]
 
 
+class Scored(msgspec.Struct, frozen=True, tag=True):
+    """Each scored token's text and natural-log probability given all before it."""
+
+    id: str
+    usage: Usage
+    tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
+
+
+class DictionaryCard(msgspec.Struct, frozen=True):
+    """A loaded dictionary of features: where it reads and how many features it has."""
+
+    name: str
+    layer: int
+    n_features: int
+
+
 class Description(msgspec.Struct, frozen=True, tag=True):
     """What runs: answers ``Describe``. ``protections`` maps a name to on or off."""
 
@@ -154,12 +243,15 @@ class Description(msgspec.Struct, frozen=True, tag=True):
     running: int
     waiting: int
     protections: dict[str, bool]
+    adapters: tuple[str, ...] = ()
+    dictionaries: tuple[DictionaryCard, ...] = ()
+    directions: tuple[str, ...] = ()
 
 
-Request = Generate | Scan | Embed | Proceed | Cancel | Describe
-Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Description
+Request = Generate | Scan | Embed | Score | Proceed | Cancel | Describe
+Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Scored | Description
 
-LAST = (Done, Failed, Scanned, Embedded, Description)
+LAST = (Done, Failed, Scanned, Embedded, Scored, Description)
 """Events after which nothing follows for their id."""
 
 _encoder = msgspec.msgpack.Encoder()
