@@ -56,6 +56,16 @@ def test_environ_short_and_long_name_long_wins(order):
     assert load(environ={name: values[name] for name in order}).server.port == 8082
 
 
+def test_list_is_an_array_in_a_file_and_comma_separated_elsewhere(toml):
+    urls = ("https://a.example/v1", "https://b.example/v1")
+    file = toml(f"[upstream]\nurls = {list(urls)}\n")
+    text = ", ".join(urls)
+    assert load(file, environ={}).upstream.urls == urls
+    assert load(environ={"FORTPOINT_UPSTREAM__URLS": text}).upstream.urls == urls
+    assert load(file, environ={}, flags=["upstream.urls="]).upstream.urls == ()
+    assert "upstream.urls" in refusal(file=toml('[upstream]\nurls = "https://a.example/v1"\n'))
+
+
 def test_environ_short_names_set_home_and_port():
     config = load(environ={"FORTPOINT_HOME": "/srv/fort", "PORT": "9000"})
     assert (config.home, config.server.port) == ("/srv/fort", 9000)
@@ -74,6 +84,7 @@ def test_environ_of_other_programs_is_ignored():
 )
 def test_environ_every_key_can_be_set_by_its_variable(key):
     value = msgspec.json.decode(key.default)
+    value = ",".join(value) if isinstance(value, list) else value
     text = key.default if not isinstance(value, str) else value
     assert load(environ={key.variable: text}) == Config()
 

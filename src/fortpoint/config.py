@@ -3,6 +3,7 @@
 Precedence: defaults < file (TOML, ``--config``) < environment < flags (``--set``).
 An environment variable is ``FORTPOINT_<SECTION>__<KEY>`` (``FORTPOINT_SERVER__PORT=9000``);
 ``FORTPOINT_HOME`` and ``PORT`` are the two short names, and an empty one counts as absent.
+In a variable and in a flag, a list's values are separated by commas.
 An unknown key fails and names the nearest known one; a bad value fails and names where it
 came from. Every key is described here, and ``docs/configuration.md`` is made from it.
 
@@ -66,6 +67,13 @@ class Server(_Section, frozen=True, kw_only=True):
 class Engine(_Section, frozen=True, kw_only=True):
     """The process that holds the weights."""
 
+    kind: Annotated[
+        Literal["embedded", "upstream"],
+        Meta(
+            description="`embedded` answers with `engine.model`; `upstream` has the servers of "
+            "`upstream.urls` answer, and `engine.model` only reads along for the guard's probes."
+        ),
+    ] = "embedded"
     model: Annotated[
         str, Meta(min_length=1, description="Model to serve, as `fortpoint model list` names it.")
     ] = "smollm2-135m"
@@ -98,6 +106,82 @@ class Engine(_Section, frozen=True, kw_only=True):
     ] = "best-effort"
 
 
+class Upstream(_Section, frozen=True, kw_only=True):
+    """OpenAI-compatible servers that answer where `engine.kind` is `upstream`."""
+
+    urls: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Base addresses, the preferred first, each with its version path "
+            "(`https://models.example/v1`)."
+        ),
+    ] = ()
+    model: Annotated[
+        str, Meta(description="The model's name at the upstreams, and the one that callers use.")
+    ] = ""
+    embedding_model: Annotated[
+        str, Meta(description="The model for `/v1/embeddings`; `upstream.model` where empty.")
+    ] = ""
+    api_keys: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Where the upstreams' keys are, never a key itself: `env:NAME` or "
+            "`file:/path`, one for all addresses or one for each (empty for none)."
+        ),
+    ] = ()
+    allow_plain_http: Annotated[
+        bool, Meta(description="Take `http://` addresses of other machines: unencrypted, unproven.")
+    ] = False
+    max_tokens_field: Annotated[
+        Literal["max_tokens", "max_completion_tokens"],
+        Meta(description="The upstreams' name for the longest answer."),
+    ] = "max_tokens"
+    more_sampling: Annotated[
+        bool,
+        Meta(
+            description="The upstreams know `top_k`, `min_p` and `repetition_penalty`; else a "
+            "request with one of them gets 400."
+        ),
+    ] = False
+    connect_timeout_s: Annotated[
+        float, Meta(gt=0, le=600, description="Longest wait for a connection, in seconds.")
+    ] = 5.0
+    first_token_timeout_s: Annotated[
+        float, Meta(gt=0, le=3600, description="Longest wait for an answer's first token.")
+    ] = 60.0
+    idle_timeout_s: Annotated[
+        float, Meta(gt=0, le=3600, description="Longest silence in the middle of an answer.")
+    ] = 30.0
+    total_timeout_s: Annotated[
+        float, Meta(gt=0, le=86_400, description="Longest time for one whole answer.")
+    ] = 300.0
+    max_attempts: Annotated[
+        int,
+        Meta(ge=1, le=16, description="Attempts for one request, over all upstreams together."),
+    ] = 3
+    backoff_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=60,
+            description="Longest pause before asking the same upstreams again; it doubles with "
+            "each round, and a random part of it is taken.",
+        ),
+    ] = 0.25
+    breaker_failures: Annotated[
+        int, Meta(ge=1, description="Failures in a row after which an upstream is left alone.")
+    ] = 5
+    breaker_pause_s: Annotated[
+        float, Meta(gt=0, le=3600, description="How long, before one request tries it again.")
+    ] = 10.0
+    max_concurrent: Annotated[
+        int, Meta(ge=1, description="Requests at the upstreams at once; beyond it 503.")
+    ] = 512
+    max_answer_bytes: Annotated[
+        int, Meta(ge=1024, description="Most bytes taken from an upstream for one request.")
+    ] = 16 * 1024 * 1024
+
+
 class Guard(_Section, frozen=True, kw_only=True):
     """Detectors and what happens when they fire."""
 
@@ -128,6 +212,7 @@ class Config(_Section, frozen=True, kw_only=True):
     home: Annotated[str, Meta(min_length=1, description="Folder of all state.")] = "~/.fortpoint"
     server: Server = Server()
     engine: Engine = Engine()
+    upstream: Upstream = Upstream()
     guard: Guard = Guard()
     audit: Audit = Audit()
 
@@ -215,6 +300,8 @@ def _describe_type(base: Any) -> str:
         return " or ".join(f'"{choice}"' for choice in get_args(base))
     if get_origin(base) is dict:
         return "table of float"
+    if get_origin(base) is tuple:
+        return f"list of {get_args(base)[0].__name__}"
     return str(base.__name__)
 
 
@@ -270,8 +357,12 @@ def _put(tree: dict[str, Any], dotted: str, value: str, source: str) -> None:
     leaf = tree
     for name in path:
         leaf = leaf.setdefault(name, {})
-    leaf[last] = value
+    leaf[last] = _split(value) if _is_list(dotted) else value
     _convert(tree, source, strict=False)
+
+
+def _split(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",")] if value.strip() else []
 
 
 def _convert(tree: Mapping[str, Any], source: str, *, strict: bool) -> Config:
@@ -291,6 +382,10 @@ def _is_known(dotted: str) -> bool:
     if path == ["guard", "thresholds"]:  # its keys are the detectors', which the guard checks
         return bool(detector)
     return any(key.name == dotted for key in keys())
+
+
+def _is_list(dotted: str) -> bool:
+    return any(key.name == dotted and key.type.startswith("list") for key in keys())
 
 
 def _nearest(dotted: str) -> Key:
