@@ -93,7 +93,8 @@ def test_doctor_json_is_one_object_with_a_next_step_for_whatever_is_not_ok(home:
         "finding": f"{home} mode 0700",
         "next": None,
     }
-    assert found["precision"]["finding"].endswith(("float32", "bfloat16"))
+    kernels = ("float32", "bfloat16", "int8", "int4")
+    assert found["precision at 1 rows"]["finding"].endswith(kernels)
     assert all(check["next"] for check in found.values() if check["state"] != "ok")
 
 

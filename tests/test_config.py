@@ -147,7 +147,7 @@ def test_flag_with_a_path_that_is_no_key_is_refused(flag):
         "server.request_timeout_s=0",
         "server.request_timeout_s=nan",
         "server.request_timeout_s=inf",
-        "engine.dtype=int8",
+        "engine.dtype=int3",
         "engine.sandbox=off",
         "engine.max_batch=0",
         "guard.enabled=maybe",

@@ -12,9 +12,11 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
 from safetensors.torch import load_file
 
 import tiny_model
+from fortpoint.engine import precision
 from fortpoint.engine.chat import ChatTokenizer
 from fortpoint.engine.kv_cache import KVBudget
-from fortpoint.engine.llama import Llama, Span
+from fortpoint.engine.llama import Llama
+from fortpoint.engine.model import Span
 from fortpoint.errors import ModelError
 from fortpoint.types import Message, Role
 from fortpoint.vault import gguf_file
@@ -99,7 +101,7 @@ def test_convert_gives_back_the_checkpoint(
 def test_converted_model_runs(tmp_path: Path) -> None:
     _write(tmp_path / "tiny.gguf", GGMLQuantizationType.F32)
     gguf_file.convert(tmp_path / "tiny.gguf", tmp_path, lambda *_: None)
-    model = Llama.load(tmp_path, torch.float32, 128)
+    model = Llama.load(tmp_path, precision.plain("float32"), 128)
     tokens = ChatTokenizer.load(tmp_path).chat([Message(Role.USER, "hello")]).tokens
     cache = model.cache(KVBudget(128))
     assert cache.reserve(len(tokens))

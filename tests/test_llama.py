@@ -10,8 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny_model
+from fortpoint.engine import precision
 from fortpoint.engine.kv_cache import KVBudget
-from fortpoint.engine.llama import Llama, Span
+from fortpoint.engine.llama import Llama
+from fortpoint.engine.model import Span
 from fortpoint.errors import ModelError
 
 SHAPES: list[dict[str, Any]] = [
@@ -23,7 +25,7 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def _load(folder: Path) -> Llama:
-    return Llama.load(folder, torch.float32, 512)
+    return Llama.load(folder, precision.plain("float32"), 512)
 
 
 @pytest.mark.parametrize("changes", SHAPES)
@@ -99,4 +101,4 @@ def test_cache_beyond_the_budget_is_refused_and_given_back(tmp_path: Path) -> No
     assert not second.reserve(1)
     first.release()
     assert second.reserve(1)
-    assert budget.free == 128
+    assert budget.free == 192

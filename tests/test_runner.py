@@ -12,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny_model
+from fortpoint.engine import precision
 from fortpoint.engine.chat import ChatTokenizer
 from fortpoint.engine.kv_cache import KVBudget
 from fortpoint.engine.linear_probe import LinearProbes
-from fortpoint.engine.llama import Llama, Span
+from fortpoint.engine.llama import Llama
+from fortpoint.engine.model import Span
 from fortpoint.engine.protocol import (
     Done,
     Embed,
@@ -48,7 +50,7 @@ class Bench:
     def __init__(
         self, folder: Path, *, budget: int = 4096, max_batch: int = 8, chunk: int = 64
     ) -> None:
-        model = Llama.load(folder, torch.float32, 512)
+        model = Llama.load(folder, precision.plain("float32"), 512)
         self.tokenizer = ChatTokenizer.load(folder)
         source = torch.Generator().manual_seed(3)
         W = torch.randn(2, 2, model.config.hidden_size, generator=source)
@@ -301,7 +303,7 @@ def test_reading_equals_the_probes_formula(folder: Path) -> None:
     bench = Bench(folder)
     bench.submit(Scan("s", (Message(Role.USER, "hello"),)))
     bench.run()
-    model = Llama.load(folder, torch.float32, 512)
+    model = Llama.load(folder, precision.plain("float32"), 512)
     tokens = bench.tokenizer.chat([Message(Role.USER, "hello")]).tokens
     cache = model.cache(KVBudget(512))
     assert cache.reserve(len(tokens))

@@ -24,9 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fortpoint.engine import precision
 from fortpoint.engine.chat import ChatTokenizer
 from fortpoint.engine.kv_cache import KVBudget, KVCache
-from fortpoint.engine.llama import Llama, Span
+from fortpoint.engine.llama import Llama
+from fortpoint.engine.model import Span
 from fortpoint.types import Message, Role
 from training.rows import SEED, Row
 
@@ -115,7 +117,7 @@ class Reader:
     """Runs the embedded model over prompts that share a beginning."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = Llama.load(folder, torch.float32, max_context=1024)
+        self._model = Llama.load(folder, precision.plain("float32"), max_context=1024)
         self._tokenizer = ChatTokenizer.load(folder)
         self._budget = KVBudget(1 << 20)
         self._prefixes: dict[str | None, KVCache] = {}

@@ -78,8 +78,8 @@ class Engine(_Section, frozen=True, kw_only=True):
         str, Meta(min_length=1, description="Model to serve, as `fortpoint model list` names it.")
     ] = "smollm2-135m"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        Meta(description="Weights' precision; `auto` times both here and takes the faster."),
+        Literal["auto", "float32", "bfloat16", "int8", "int4"],
+        Meta(description="Weights' precision; `auto` takes the fastest here that rounds nothing."),
     ] = "auto"
     threads: Annotated[
         int, Meta(ge=0, le=1024, description="Compute threads; 0 means one per core.")

@@ -18,6 +18,7 @@ secret, a path of the host, or another caller's text.
     ├── PayloadTooLarge           413 payload_too_large
     ├── TooManyRequests           429 rate_limit_exceeded
     ├── EngineError               502 engine_error          (this request failed in the engine)
+    │   ├── SteeringDiverged      502 steering_diverged     (its steering broke the activations)
     │   └── EngineUnavailable     503 engine_unavailable    (no engine to ask; try again)
     │       └── EngineBusy        503 engine_busy           (queue full; try again)
     ├── GuardFailed               503 guard_failed          (a detector failed: closed, not a pass)
@@ -119,6 +120,12 @@ class TooManyRequests(FortPointError):
 class EngineError(FortPointError):
     code = "engine_error"
     status = 502
+
+
+class SteeringDiverged(EngineError):
+    """A request's own steering drove its activations out of all bounds: use less strength."""
+
+    code = "steering_diverged"
 
 
 class EngineUnavailable(EngineError):

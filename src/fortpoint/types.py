@@ -94,7 +94,11 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Token counts of one request; ``prompt`` counts template tokens too."""
+    """Token counts of one request; ``prompt`` counts template tokens too.
+
+    ``estimated`` is True, and otherwise absent, where nobody counted and an engine guessed.
+    """
 
     prompt: int = 0
     completion: int = 0
+    estimated: bool | msgspec.UnsetType = msgspec.UNSET

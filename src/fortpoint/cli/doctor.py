@@ -149,8 +149,11 @@ def check_compute() -> Iterator[Check]:
         return
     yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
     took = precision.measure()
-    times = f"float32 {took.float32_s * 1e3:.2f} ms, bfloat16 {took.bfloat16_s * 1e3:.2f} ms"
-    yield Check("precision", "ok", f"{times}: {took.faster}")
+    for rows, index in ((precision.ROWS[0], 0), (precision.ROWS[-1], -1)):
+        times = {name: seconds[index] for name, seconds in took.seconds.items()}
+        listed = ", ".join(f"{name} {took_s * 1e3:.2f} ms" for name, took_s in times.items())
+        finding = f"{rows} rows: {listed}: {min(times, key=times.__getitem__)}"
+        yield Check(f"precision at {rows} rows", "ok", finding)
 
 
 def check_landlock() -> Check:

@@ -48,6 +48,7 @@ _BY_CODE: Mapping[str, type[errors.FortPointError]] = {
         errors.ContextLengthExceeded,
         errors.Unsupported,
         errors.EngineError,
+        errors.SteeringDiverged,
         errors.EngineUnavailable,
         errors.EngineBusy,
     )

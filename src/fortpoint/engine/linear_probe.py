@@ -1,11 +1,12 @@
 """Linear probes read in the residual stream while it is computed.
 
 Per token: ``logit = sum over layers l of W[l] @ (x_l / rms(x_l)) + b``, with ``x_l`` the
-residual stream after block l. All probes of a layer are one small product.
+residual stream after block l. All probes of all layers are one small product at a step's end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -40,6 +41,7 @@ class LinearProbes:
         if not (torch.isfinite(W).all() and torch.isfinite(b).all()):
             raise ModelError("the linear probes' file holds values that are not finite")
         self.names = names
+        self.layers = layers
         self.last_layer = max(layers, default=-1)
         self._weights = dict(zip(layers, W.float(), strict=True))
         self._b = b.float()
@@ -62,6 +64,13 @@ class LinearProbes:
     def none(cls, d_model: int) -> LinearProbes:
         """No probes: every reading is empty."""
         return cls((), (), torch.zeros(0, 0, d_model), torch.zeros(0))
+
+    def read(self, seen: Mapping[int, Tensor], n_rows: int) -> Tensor:
+        """Logits ``[n_rows, n_probes]`` from the residuals ``[n_rows, d_model]`` of each layer."""
+        logits = self.new_logits(n_rows)
+        for layer in self.layers:
+            self.add(layer, seen[layer], logits)
+        return logits
 
     def new_logits(self, n_rows: int) -> Tensor:
         """The bias for each row: ``[n_rows, n_probes]``, to which ``add`` adds."""

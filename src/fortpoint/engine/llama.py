@@ -1,18 +1,21 @@
 """The Llama family's forward pass over many sequences at once, with a view inside.
 
 Rows are tokens of any sequences, flattened: a prompt's chunk is many rows, a decode step is
-one row. Matrix products run over all rows together; attention runs sequence by sequence
-against that sequence's cache. After each block the residual stream may be read.
+one row of each sequence (a few, where tokens were drafted). Matrix products run over all rows
+together. Attention runs once for all sequences that sit in one pool (``kv_cache.py``), and
+sequence by sequence for prompts. After each block the residual stream may be read and changed.
 
     x = embed(tokens)
-    for block: x += attention(norm(x)); x += mlp(norm(x)); read(x)
+    for block: x += attention(norm(x)); x += mlp(norm(x)); x = hook(x)
     logits = unembed(norm(x[last rows]))
+
+The residual stream is float32; matrices, keys and values are in the plan's dtype.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +25,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fortpoint.engine.kv_cache import KVBudget, KVCache
+from fortpoint.engine.kv_cache import KVBudget, KVCache, KVShape, Pool, Pools
+from fortpoint.engine.linear import Matrix, Plan
+from fortpoint.engine.model import Hook, Span
 from fortpoint.errors import ModelError
 
-Reader = Callable[[int, Tensor], None]
+MAX_DECODE_ROWS = 8
+"""Spans of up to this many rows decode in a pool; longer ones are prompts."""
 
 
 class LlamaConfig(msgspec.Struct, frozen=True):
@@ -48,6 +54,11 @@ class LlamaConfig(msgspec.Struct, frozen=True):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
     @classmethod
     def load(cls, folder: Path) -> LlamaConfig:
         try:
@@ -60,123 +71,142 @@ class LlamaConfig(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Span:
-    """Rows ``start`` to ``end`` are the next tokens of one sequence."""
-
-    cache: KVCache
-    start: int
-    end: int
+class _Block:
+    norm_attention: Tensor  # [d_model]
+    qkv: Matrix  # to (n_heads + 2 n_kv_heads) * head_dim
+    out: Matrix
+    norm_mlp: Tensor  # [d_model]
+    gate_up: Matrix  # to 2 * d_mlp
+    down: Matrix
 
 
 @dataclass(frozen=True)
-class _Block:
-    norm_attention: Tensor  # [d_model]
-    qkv: Tensor  # [(n_heads + 2 n_kv_heads) * head_dim, d_model]
-    out: Tensor  # [d_model, n_heads * head_dim]
-    norm_mlp: Tensor  # [d_model]
-    gate_up: Tensor  # [2 * d_mlp, d_model]
-    down: Tensor  # [d_model, d_mlp]
+class _Seats:
+    """The rows of one pool's sequences in this step, ``n_rows`` of each."""
+
+    pool: Pool
+    rows: Tensor | None  # which rows, None for all of them in order
+    n_rows: int
+    seats: Tensor  # [n, n_rows]
+    positions: Tensor  # [n, n_rows]
+    mask: Tensor  # [n, 1, n_rows, 1, capacity], 0 or -inf, float32
+    whole: bool  # the seats are the pool's first n, in order
 
 
 class Llama:
-    """Weights and the forward pass. Not thread-safe: one thread computes."""
+    """Weights and the forward pass: a ``Model``. Not thread-safe: one thread computes."""
 
     def __init__(
         self,
         config: LlamaConfig,
+        plan: Plan,
+        max_context: int,
         embedding: Tensor,
-        unembedding: Tensor,
+        unembedding: Matrix,
         final_norm: Tensor,
         blocks: Sequence[_Block],
-        max_context: int,
     ) -> None:
         self.config = config
-        self.dtype = embedding.dtype
+        self.plan = plan
         self.max_context = min(max_context, config.max_position_embeddings)
         self._embedding = embedding
         self._unembedding = unembedding
         self._final_norm = final_norm
         self._blocks = tuple(blocks)
-        self._cos, self._sin = _rotary_table(config, self.max_context, embedding.dtype)
+        self._cos, self._sin = _rotary_table(config, self.max_context, plan.dtype)
+        self._eps = torch.tensor(config.rms_norm_eps)
+        self._pools: Pools | None = None
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, max_context: int) -> Llama:
-        """Read ``model.safetensors``; tensors are cast to ``dtype`` one by one."""
+    def load(cls, folder: Path, plan: Plan, max_context: int) -> Llama:
+        """Read ``model.safetensors``; matrices are packed one by one. Raises ``ModelError``."""
         config = LlamaConfig.load(folder)
         try:
-            weights = _Weights(folder / "model.safetensors", dtype)
-            return cls._from_tensors(config, weights, max_context)
+            return cls._from_file(config, _Weights(folder / "model.safetensors"), plan, max_context)
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise ModelError(f"model.safetensors cannot be used: {type(error).__name__}") from None
 
     @classmethod
-    def _from_tensors(cls, config: LlamaConfig, weights: _Weights, max_context: int) -> Llama:
+    def _from_file(
+        cls, config: LlamaConfig, weights: _Weights, plan: Plan, max_context: int
+    ) -> Llama:
         embedding = weights["model.embed_tokens.weight"]
-        unembedding = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         blocks = []
         for i in range(config.num_hidden_layers):
             attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
             blocks.append(
                 _Block(
-                    weights[f"model.layers.{i}.input_layernorm.weight"],
-                    weights.stacked(*(f"{attention}.{n}_proj.weight" for n in "qkv")),
-                    weights[f"{attention}.o_proj.weight"],
-                    weights[f"model.layers.{i}.post_attention_layernorm.weight"],
-                    weights.stacked(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
-                    weights[f"{mlp}.down_proj.weight"],
+                    weights[f"model.layers.{i}.input_layernorm.weight"].float(),
+                    Matrix(weights.stacked(*(f"{attention}.{n}_proj.weight" for n in "qkv")), plan),
+                    Matrix(weights[f"{attention}.o_proj.weight"], plan),
+                    weights[f"model.layers.{i}.post_attention_layernorm.weight"].float(),
+                    Matrix(
+                        weights.stacked(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"), plan
+                    ),
+                    Matrix(weights[f"{mlp}.down_proj.weight"], plan),
                 )
             )
-        norm = weights["model.norm.weight"]
-        return cls(config, embedding, unembedding, norm, blocks, max_context)
+        return cls(
+            config,
+            plan,
+            max_context,
+            embedding.to(plan.dtype),
+            Matrix(head, Plan(plan.dtype, plan.many, plan.many, 0)),
+            weights["model.norm.weight"].float(),
+            blocks,
+        )
+
+    @property
+    def architecture(self) -> str:
+        return self.config.model_type
+
+    @property
+    def precision(self) -> str:
+        return self.plan.name
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
 
     @property
     def n_layers(self) -> int:
-        return len(self._blocks)
+        return self.config.num_hidden_layers
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Memory that the cache of one token takes."""
+        return self._kv_shape.bytes_per_token
+
+    @property
+    def _kv_shape(self) -> KVShape:
         config = self.config
-        values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return values * self.dtype.itemsize
+        heads = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        return KVShape(*heads, self.plan.dtype)
 
     def cache(self, budget: KVBudget) -> KVCache:
-        """An empty cache for one sequence."""
-        config = self.config
-        return KVCache(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            self.dtype,
-            budget,
-        )
+        """An empty cache for one sequence; all caches of one budget decode in its pools."""
+        if self._pools is None or self._pools.budget is not budget:
+            self._pools = Pools(self._kv_shape, budget)
+        return KVCache(self._pools)
 
     def forward(
         self,
         tokens: Sequence[int],
         spans: Sequence[Span],
-        read: Reader | None = None,
+        hook: Hook | None = None,
         until_layer: int | None = None,
     ) -> Tensor:
-        """Advance every span's sequence by its rows; return the residual stream.
-
-        ``tokens`` is ``[n_rows]``; every cache has room for its rows. ``read(layer, x)`` sees
-        the residual stream ``[n_rows, d_model]`` after each block and must not write it.
-        ``until_layer`` stops after that block (0-based), inclusive. Returns ``[n_rows,
-        d_model]``, before the final norm.
-        """
-        positions = torch.cat(
-            [torch.arange(s.cache.length, s.cache.length + s.end - s.start) for s in spans]
-        )
-        rotary = (self._cos[positions, None], self._sin[positions, None])
-        masks = [_causal_mask(span, self._group) for span in spans]
-        x = F.embedding(torch.tensor(tokens), self._embedding)
+        """See ``Model.forward``."""
+        step = _Step(spans, len(tokens), self.config.group)
+        rotary = (self._cos[step.positions, None], self._sin[step.positions, None])
+        x = F.embedding(torch.tensor(tokens), self._embedding).float()
         last = self.n_layers - 1 if until_layer is None else until_layer
         for layer, block in enumerate(self._blocks[: last + 1]):
-            x = x + self._attention(layer, block, x, spans, masks, rotary)
+            x = x + self._attention(layer, block, x, step, rotary)
             x = x + self._mlp(block, x)
-            if read is not None:
-                read(layer, x)
+            changed = None if hook is None else hook(layer, x)
+            x = x if changed is None else changed
         for span in spans:
             span.cache.length += span.end - span.start
         return x
@@ -187,85 +217,146 @@ class Llama:
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream ``[n, d_model]`` to logits ``[n, vocab]`` in float32."""
-        return F.linear(self.normed(x), self._unembedding).float()
-
-    @property
-    def _group(self) -> int:
-        return self.config.num_attention_heads // self.config.num_key_value_heads
+        return self._unembedding(self.normed(x)).float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        """RMS norm (arXiv 1910.07467) of ``x`` ``[n, d_model]``, in the plan's dtype."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        mean_square = torch.addcmul(self._eps, length, length, value=1 / x.shape[-1])
+        normed = (x * mean_square.rsqrt_()).mul_(weight)
+        return normed.to(self.plan.dtype)
 
     def _mlp(self, block: _Block, x: Tensor) -> Tensor:
-        gate, up = F.linear(self._norm(x, block.norm_mlp), block.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, block.down)
+        gate, up = block.gate_up(self._norm(x, block.norm_mlp)).chunk(2, dim=-1)
+        return block.down(F.silu(gate) * up)
 
     def _attention(
-        self,
-        layer: int,
-        block: _Block,
-        x: Tensor,
-        spans: Sequence[Span],
-        masks: Sequence[Tensor | None],
-        rotary: tuple[Tensor, Tensor],
+        self, layer: int, block: _Block, x: Tensor, step: _Step, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        config = self.config
-        n_heads, n_kv, head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        qkv = F.linear(self._norm(x, block.norm_attention), block.qkv)
-        q, k, v = torch.split(qkv.view(len(x), -1, head_dim), [n_heads, n_kv, n_kv], dim=1)
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-        mixed = torch.empty((len(x), n_heads * head_dim), dtype=x.dtype)
-        for span, mask in zip(spans, masks, strict=True):
-            rows = slice(span.start, span.end)
-            self._attend(layer, span, mask, q[rows], k[rows], v[rows], mixed[rows])
-        return F.linear(mixed, block.out)
+        n_heads, n_kv = self.config.num_attention_heads, self.config.num_key_value_heads
+        qkv = block.qkv(self._norm(x, block.norm_attention))
+        heads = qkv.view(len(x), n_heads + 2 * n_kv, self.config.head_dim)
+        qk = _rotate(heads[:, : n_heads + n_kv], *rotary)
+        q, k, v = qk[:, :n_heads], qk[:, n_heads:], heads[:, n_heads + n_kv :]
+        if step.seats and not step.prompts and step.seats[0].rows is None:
+            return block.out(self._attend_seats(layer, step.seats[0], q, k, v))
+        mixed = torch.empty((len(x), n_heads * self.config.head_dim), dtype=q.dtype)
+        for seats in step.seats:
+            rows = slice(None) if seats.rows is None else seats.rows
+            mixed[rows] = self._attend_seats(layer, seats, q[rows], k[rows], v[rows])
+        for span, mask in step.prompts:
+            part = slice(span.start, span.end)
+            mixed[part] = self._attend_prompt(layer, span, mask, q[part], k[part], v[part])
+        return block.out(mixed)
 
-    def _attend(
-        self,
-        layer: int,
-        span: Span,
-        mask: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-    ) -> None:
-        """One sequence: store keys and values ``[t, n_kv, head_dim]``, attend, write ``out``.
+    def _attend_seats(self, layer: int, seats: _Seats, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All sequences of a pool at once; rows in the order of seats.
 
-        The query heads of one key head are laid out as further rows, so that keys need no
-        repeating: ``[n_kv, group * t, head_dim]``.
+        ``q`` is ``[n * n_rows, n_heads, head_dim]``. The query heads of one key head, and a
+        sequence's rows, are the rows of one small product: keys need no repeating.
         """
-        cache, t, group = span.cache, len(q), self._group
-        end = cache.length + t
-        cache.keys[layer, :, cache.length : end] = k.transpose(0, 1)
-        cache.values[layer, :, cache.length : end] = v.transpose(0, 1)
-        n_kv, head_dim = k.shape[1:]
-        queries = q.view(t, n_kv, group, head_dim).permute(1, 2, 0, 3)
+        n, n_rows = seats.positions.shape
+        n_kv, head_dim, group = k.shape[1], k.shape[2], self.config.group
+        kept = seats.pool.layers[layer]
+        new = torch.stack([k, v], dim=1).view(n, n_rows, 2, n_kv, head_dim)
+        kept[:, seats.seats, :, seats.positions] = new
+        kept = kept[:, :n] if seats.whole else kept[:, seats.seats[:, 0]]
+        keys, values = kept.reshape(2, n * n_kv, -1, head_dim)
+        queries = q.reshape(n, n_rows, n_kv, group, head_dim).transpose(1, 2)
+        scores = torch.bmm(
+            queries.reshape(n * n_kv, n_rows * group, head_dim), keys.transpose(1, 2)
+        ).view(n, n_kv, n_rows, group, -1)
+        scores = torch.add(seats.mask, scores, alpha=head_dim**-0.5)
+        weights = torch.softmax(scores, dim=-1).to(q.dtype)
+        mixed = torch.bmm(weights.view(n * n_kv, n_rows * group, -1), values)
+        return (
+            mixed.view(n, n_kv, n_rows, group, head_dim)
+            .transpose(1, 2)
+            .reshape(n * n_rows, n_kv * group * head_dim)
+        )
+
+    def _attend_prompt(
+        self, layer: int, span: Span, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """One sequence with a cache of its own: ``[t, n_heads * head_dim]``."""
+        cache, t, n_kv, head_dim = _own(span), len(q), k.shape[1], k.shape[2]
+        if cache.kv is None:
+            raise ValueError("a seated sequence cannot read a prompt")
+        kept, end = cache.kv[layer], cache.length + t
+        kept[0, :, cache.length : end] = k.transpose(0, 1)
+        kept[1, :, cache.length : end] = v.transpose(0, 1)
+        queries = q.view(t, n_kv, -1, head_dim).permute(1, 2, 0, 3)
         mixed = F.scaled_dot_product_attention(
-            queries.reshape(1, n_kv, group * t, head_dim),
-            cache.keys[None, layer, :, :end],
-            cache.values[None, layer, :, :end],
+            queries.reshape(1, n_kv, -1, head_dim),
+            kept[None, 0, :, :end],
+            kept[None, 1, :, :end],
             attn_mask=mask,
         )
-        rows = mixed.view(n_kv, group, t, head_dim).permute(2, 0, 1, 3)
-        out.view(t, n_kv, group, head_dim).copy_(rows)
+        return mixed.view(n_kv, -1, t, head_dim).permute(2, 0, 1, 3).reshape(t, -1)
+
+
+class _Step:
+    """Where the rows of one step belong: to the seats of pools, or to prompts."""
+
+    def __init__(self, spans: Sequence[Span], n_tokens: int, group: int) -> None:
+        self.positions = torch.cat(
+            [torch.arange(s.cache.length, s.cache.length + s.end - s.start) for s in spans]
+        )
+        pools: dict[tuple[int, int], list[Span]] = {}
+        self.prompts: list[tuple[Span, Tensor | None]] = []
+        for span in spans:
+            cache, n_rows = _own(span), span.end - span.start
+            if n_rows > MAX_DECODE_ROWS or cache.length == 0 or not cache.take_seat():
+                self.prompts.append((span, _causal_mask(cache.length, n_rows, group)))
+                continue
+            pools.setdefault((id(cache.pool), n_rows), []).append(span)
+        self.seats = [
+            _seats(sorted(group_, key=lambda span: _own(span).seat), n_rows, n_tokens)
+            for (_, n_rows), group_ in pools.items()
+        ]
+
+
+def _seats(spans: Sequence[Span], n_rows: int, n_tokens: int) -> _Seats:
+    """``spans`` are sequences of one pool, in the order of their seats."""
+    caches = [_own(span) for span in spans]
+    pool = caches[0].pool
+    if pool is None:
+        raise ValueError("these sequences have no seats")
+    seats = torch.tensor([cache.seat for cache in caches])
+    starts = torch.tensor([span.start for span in spans])
+    offsets = torch.arange(n_rows)
+    rows = (starts[:, None] + offsets).flatten()
+    positions = torch.tensor([cache.length for cache in caches])[:, None] + offsets
+    hidden = torch.arange(pool.capacity) > positions[..., None]
+    mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    in_order = len(rows) == n_tokens and torch.equal(rows, torch.arange(n_tokens))
+    return _Seats(
+        pool,
+        None if in_order else rows,
+        n_rows,
+        seats[:, None].expand(-1, n_rows),
+        positions,
+        mask[:, None, :, None],
+        whole=torch.equal(seats, torch.arange(len(seats))),
+    )
+
+
+def _own(span: Span) -> KVCache:
+    if not isinstance(span.cache, KVCache):
+        raise TypeError("this cache belongs to another model")
+    return span.cache
 
 
 class _Weights:
     """The file is opened for each tensor: a map that stays open keeps its pages in memory."""
 
-    def __init__(self, file: Path, dtype: torch.dtype) -> None:
+    def __init__(self, file: Path) -> None:
         self._file = file
-        self._dtype = dtype
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
-            return tensor.to(self._dtype, copy=True)
+            return tensor.clone()
 
     def stacked(self, *names: str) -> Tensor:
         """Several matrices of one input as one, so that one product computes them all."""
@@ -275,22 +366,22 @@ class _Weights:
 def _rotary_table(
     config: LlamaConfig, n_positions: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[n_positions, head_dim]`` of rotary embedding (arXiv 2104.09864)."""
+    """Cosines and signed sines ``[n_positions, head_dim]`` of rotary embedding (arXiv
+    2104.09864): the first half of the sines carries the minus of the rotation."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.outer(torch.arange(n_positions).float(), config.rope_theta**-half)
-    both = torch.cat([angles, angles], dim=-1)
-    return both.cos().to(dtype), both.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """``[first, second] * cos + [-second, first] * |sin|``."""
+    return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), sin)
 
 
-def _causal_mask(span: Span, group: int) -> Tensor | None:
+def _causal_mask(length: int, t: int, group: int) -> Tensor | None:
     """``[group * t, length + t]``, True where a row may look; None for a single row."""
-    t = span.end - span.start
     if t == 1:
         return None
-    mask = torch.ones((t, span.cache.length + t), dtype=torch.bool).tril(span.cache.length)
+    mask = torch.ones((t, length + t), dtype=torch.bool).tril(length)
     return mask.repeat(group, 1)

@@ -12,9 +12,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-Hook = Callable[[int, Tensor], Tensor]
+from fortpoint.engine.kv_cache import KVBudget
+
+Hook = Callable[[int, Tensor], Tensor | None]
 """``hook(layer, x)`` sees the residual stream ``[n_rows, d_model]`` after each block and
-returns the one to go on with: ``x`` itself, or a changed copy (never ``x`` changed in place)."""
+returns a changed copy to go on with, or None for no change (never ``x`` changed in place)."""
 
 
 class Cache(Protocol):
@@ -67,8 +69,11 @@ class Model(Protocol):
     @property
     def n_layers(self) -> int: ...
 
-    def new_cache(self) -> Cache:
-        """An empty cache for one sequence."""
+    @property
+    def kv_bytes_per_token(self) -> int: ...
+
+    def cache(self, budget: KVBudget) -> Cache:
+        """An empty cache for one sequence, which takes its memory from ``budget``."""
 
     def forward(
         self,

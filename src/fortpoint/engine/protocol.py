@@ -3,7 +3,7 @@
 A frame is four bytes of big-endian length and that many bytes of MessagePack, one struct of
 ``Request`` (to the engine) or ``Event`` (from it). Requests of one connection are
 multiplexed by ``id``, which the client chooses. Every stream of events for an ``id`` ends
-with exactly one ``Done``, ``Failed``, ``Scanned``, ``Embedded`` or ``Scored``. A connection that closes
+with exactly one ``Done``, ``Failed``, ``Scanned`` or ``Embedded``. A connection that closes
 cancels everything it asked for.
 
     -> Generate(id="r1", messages=..., hold=True)
@@ -29,7 +29,7 @@ from fortpoint.types import Message, Reading, Usage
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 
-FinishReason = Literal["stop", "length", "cancelled", "stop_when"]
+FinishReason = Literal["stop", "length", "cancelled", "stop_when", "content_filter"]
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -127,21 +127,6 @@ class Embed(msgspec.Struct, frozen=True, tag=True):
     texts: tuple[str, ...]
 
 
-class Score(msgspec.Struct, frozen=True, tag=True):
-    """Teacher-forced log-likelihood of ``continuation`` after a prompt (operator only).
-
-    ``messages`` are rendered with the chat template; with ``prompt`` the text is raw. An
-    empty prompt scores the continuation from its second token on.
-    """
-
-    id: str
-    continuation: str
-    messages: tuple[Message, ...] | None = None
-    prompt: str | None = None
-    tenant: str = ""
-    adapter: str | None = None
-
-
 class Proceed(msgspec.Struct, frozen=True, tag=True):
     id: str
 
@@ -212,21 +197,23 @@ class Embedded(msgspec.Struct, frozen=True, tag=True):
     vectors: tuple[tuple[float, ...], ...]
 
 
-class Scored(msgspec.Struct, frozen=True, tag=True):
-    """Each scored token's text and natural-log probability given all before it."""
-
-    id: str
-    usage: Usage
-    tokens: tuple[str, ...]
-    logprobs: tuple[float, ...]
-
-
 class DictionaryCard(msgspec.Struct, frozen=True):
     """A loaded dictionary of features: where it reads and how many features it has."""
 
     name: str
     layer: int
     n_features: int
+
+
+class UpstreamState(msgspec.Struct, frozen=True):
+    """One upstream server: closed is in use, open is left alone, half_open is tried next.
+
+    ``failures`` are those in a row.
+    """
+
+    server: str
+    breaker: Literal["closed", "open", "half_open"]
+    failures: int
 
 
 class Description(msgspec.Struct, frozen=True, tag=True):
@@ -246,12 +233,13 @@ class Description(msgspec.Struct, frozen=True, tag=True):
     adapters: tuple[str, ...] = ()
     dictionaries: tuple[DictionaryCard, ...] = ()
     directions: tuple[str, ...] = ()
+    upstreams: tuple[UpstreamState, ...] = ()
 
 
-Request = Generate | Scan | Embed | Score | Proceed | Cancel | Describe
-Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Scored | Description
+Request = Generate | Scan | Embed | Proceed | Cancel | Describe
+Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Description
 
-LAST = (Done, Failed, Scanned, Embedded, Scored, Description)
+LAST = (Done, Failed, Scanned, Embedded, Description)
 """Events after which nothing follows for their id."""
 
 _encoder = msgspec.msgpack.Encoder()

@@ -19,7 +19,8 @@ from fortpoint.engine.answers import Answers
 from fortpoint.engine.chat import ChatTokenizer
 from fortpoint.engine.kv_cache import KVBudget, KVCache
 from fortpoint.engine.linear_probe import LinearProbes
-from fortpoint.engine.llama import Llama, Span
+from fortpoint.engine.llama import Llama
+from fortpoint.engine.model import Span
 from fortpoint.engine.protocol import Embed, Embedded, Generate, Scan, Scanned
 from fortpoint.engine.scheduler import Scheduler, Work
 from fortpoint.engine.sequence import Job, Sequence

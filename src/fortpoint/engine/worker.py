@@ -113,7 +113,9 @@ class _Engine:
         config = spec.config
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         folder = open_model(Path(spec.model))
-        model = Llama.load(folder.path, precision.choose(config.dtype), config.max_context)
+        model = Llama.load(
+            folder.path, precision.choose(config.dtype, folder.path), config.max_context
+        )
         tokenizer = ChatTokenizer.load(folder.path)
         probes = LinearProbes.none(model.config.hidden_size)
         if spec.probes is not None:
@@ -127,8 +129,8 @@ class _Engine:
             id="",
             model=folder.manifest.name,
             digest=folder.manifest.digest,
-            architecture=model.config.model_type,
-            dtype=str(model.dtype).removeprefix("torch."),
+            architecture=model.architecture,
+            dtype=model.precision,
             max_context=model.max_context,
             created=folder.manifest.created,
             pid=os.getpid(),

@@ -1,0 +1,1 @@
+"""Reads and steers: dictionaries of features, named directions, and where they live."""
