@@ -29,6 +29,8 @@ from fortpoint.engine.protocol import (
     Generate,
     Prefilled,
     Scanned,
+    Score,
+    Scored,
     Token,
 )
 from fortpoint.errors import AuditUnavailable, EngineError, EngineUnavailable, Unauthenticated
@@ -152,6 +154,10 @@ class FakeEngine:
         self.scanned.append(tuple(messages))
         n_tokens = sum(len(message.content.split()) for message in messages) + 4
         return Scanned("s", Usage(n_tokens), _reading(n_tokens))
+
+    async def score(self, request: Score) -> Scored:
+        tokens = tuple(request.continuation.split())
+        return Scored(request.id, Usage(1), tokens, (-1.0,) * len(tokens))
 
     async def embed(self, texts: Sequence[str]) -> Embedded:
         self._check_up()

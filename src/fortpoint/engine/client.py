@@ -33,10 +33,12 @@ from fortpoint.engine.protocol import (
     Request,
     Scan,
     Scanned,
+    Score,
+    Scored,
 )
 from fortpoint.types import Message
 
-_T = TypeVar("_T", Scanned, Embedded, Description)
+_T = TypeVar("_T", Scanned, Embedded, Scored, Description)
 
 _CONNECT_TIMEOUT_S = 2.0
 _DESCRIBE_TIMEOUT_S = 10.0
@@ -86,6 +88,8 @@ class Engine(Protocol):
     async def scan(self, messages: Sequence[Message]) -> Scanned: ...
 
     async def embed(self, texts: Sequence[str]) -> Embedded: ...
+
+    async def score(self, request: Score) -> Scored: ...
 
     async def describe(self) -> Description: ...
 
@@ -208,6 +212,9 @@ class EngineClient:
     async def embed(self, texts: Sequence[str]) -> Embedded:
         event = await self._ask(Embed(self._next_id(), tuple(texts)))
         return _expect(event, Embedded)
+
+    async def score(self, request: Score) -> Scored:
+        return _expect(await self._ask(request), Scored)
 
     async def describe(self) -> Description:
         try:

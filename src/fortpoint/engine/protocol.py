@@ -3,8 +3,8 @@
 A frame is four bytes of big-endian length and that many bytes of MessagePack, one struct of
 ``Request`` (to the engine) or ``Event`` (from it). Requests of one connection are
 multiplexed by ``id``, which the client chooses. Every stream of events for an ``id`` ends
-with exactly one ``Done``, ``Failed``, ``Scanned`` or ``Embedded``. A connection that closes
-cancels everything it asked for.
+with exactly one ``Done``, ``Failed``, ``Scanned``, ``Embedded`` or ``Scored``. A connection
+that closes cancels everything it asked for.
 
     -> Generate(id="r1", messages=..., hold=True)
     <- Prefilled(id="r1", n_prompt_tokens=31, reading=...)     the guard decides here
@@ -127,6 +127,22 @@ class Embed(msgspec.Struct, frozen=True, tag=True):
     texts: tuple[str, ...]
 
 
+class Score(msgspec.Struct, frozen=True, tag=True):
+    """Teacher-forced log-likelihood of ``continuation`` after a prompt (operator only).
+
+    ``messages`` are rendered with the chat template; with ``prompt`` the text is raw. After an
+    empty prompt the continuation is scored from its second token on.
+    """
+
+    id: str
+    continuation: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    tenant: str = ""
+    adapter: str | None = None
+    steer: tuple[Steer, ...] = ()
+
+
 class Proceed(msgspec.Struct, frozen=True, tag=True):
     id: str
 
@@ -197,6 +213,15 @@ class Embedded(msgspec.Struct, frozen=True, tag=True):
     vectors: tuple[tuple[float, ...], ...]
 
 
+class Scored(msgspec.Struct, frozen=True, tag=True):
+    """Each scored token's text and natural-log probability given all before it."""
+
+    id: str
+    usage: Usage
+    tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
+
+
 class DictionaryCard(msgspec.Struct, frozen=True):
     """A loaded dictionary of features: where it reads and how many features it has."""
 
@@ -236,10 +261,10 @@ class Description(msgspec.Struct, frozen=True, tag=True):
     upstreams: tuple[UpstreamState, ...] = ()
 
 
-Request = Generate | Scan | Embed | Proceed | Cancel | Describe
-Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Description
+Request = Generate | Scan | Embed | Score | Proceed | Cancel | Describe
+Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Scored | Description
 
-LAST = (Done, Failed, Scanned, Embedded, Description)
+LAST = (Done, Failed, Scanned, Embedded, Scored, Description)
 """Events after which nothing follows for their id."""
 
 _encoder = msgspec.msgpack.Encoder()

@@ -21,6 +21,7 @@ from fortpoint.engine.protocol import (
     Generate,
     Proceed,
     Scan,
+    Score,
 )
 from fortpoint.engine.runner import Runner
 from fortpoint.engine.sequence import Job
@@ -97,13 +98,15 @@ class EngineServer:
 
     def _obey(
         self,
-        request: Describe | Cancel | Proceed,
+        request: Describe | Cancel | Proceed | Score,
         jobs: dict[str, Job],
         write: Callable[[Event], None],
     ) -> None:
         match request:
             case Describe():
                 write(self._describe(request.id))
+            case Score():
+                write(Failed(request.id, "unsupported", "scoring is not there yet"))
             case Cancel():
                 if job := jobs.pop(request.id, None):
                     self._runner.cancel(job)

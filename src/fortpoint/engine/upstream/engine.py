@@ -34,6 +34,8 @@ from fortpoint.engine.protocol import (
     Generate,
     Prefilled,
     Scanned,
+    Score,
+    Scored,
     Token,
 )
 from fortpoint.engine.upstream import embeddings, wire
@@ -83,6 +85,10 @@ class UpstreamEngine:
             return await self._failover.first(lambda server: self._embed(server, body, texts))
         finally:
             self._running -= 1
+
+    async def score(self, request: Score) -> Scored:
+        """Raises ``Unsupported``: upstream servers do not give a text's log-likelihood."""
+        raise Unsupported("a text is scored by a model of our own only")
 
     async def describe(self) -> Description:
         """Without asking the upstreams. Raises ``EngineUnavailable`` while the observer is down."""
