@@ -29,7 +29,7 @@ from fortpoint.engine.protocol import (
     Generate,
     Prefilled,
     Scanned,
-    Score,
+    ScoreText,
     Scored,
     Token,
 )
@@ -155,7 +155,7 @@ class FakeEngine:
         n_tokens = sum(len(message.content.split()) for message in messages) + 4
         return Scanned("s", Usage(n_tokens), _reading(n_tokens))
 
-    async def score(self, request: Score) -> Scored:
+    async def score(self, request: ScoreText) -> Scored:
         tokens = tuple(request.continuation.split())
         return Scored(request.id, Usage(1), tokens, (-1.0,) * len(tokens))
 

@@ -33,7 +33,7 @@ from fortpoint.engine.protocol import (
     Request,
     Scan,
     Scanned,
-    Score,
+    ScoreText,
     Scored,
 )
 from fortpoint.types import Message
@@ -89,7 +89,7 @@ class Engine(Protocol):
 
     async def embed(self, texts: Sequence[str]) -> Embedded: ...
 
-    async def score(self, request: Score) -> Scored: ...
+    async def score(self, request: ScoreText) -> Scored: ...
 
     async def describe(self) -> Description: ...
 
@@ -213,7 +213,7 @@ class EngineClient:
         event = await self._ask(Embed(self._next_id(), tuple(texts)))
         return _expect(event, Embedded)
 
-    async def score(self, request: Score) -> Scored:
+    async def score(self, request: ScoreText) -> Scored:
         return _expect(await self._ask(request), Scored)
 
     async def describe(self) -> Description:

@@ -127,7 +127,7 @@ class Embed(msgspec.Struct, frozen=True, tag=True):
     texts: tuple[str, ...]
 
 
-class Score(msgspec.Struct, frozen=True, tag=True):
+class ScoreText(msgspec.Struct, frozen=True, tag=True):
     """Teacher-forced log-likelihood of ``continuation`` after a prompt (operator only).
 
     ``messages`` are rendered with the chat template; with ``prompt`` the text is raw. After an
@@ -261,7 +261,7 @@ class Description(msgspec.Struct, frozen=True, tag=True):
     upstreams: tuple[UpstreamState, ...] = ()
 
 
-Request = Generate | Scan | Embed | Score | Proceed | Cancel | Describe
+Request = Generate | Scan | Embed | ScoreText | Proceed | Cancel | Describe
 Event = Prefilled | Token | Finished | Done | Failed | Scanned | Embedded | Scored | Description
 
 LAST = (Done, Failed, Scanned, Embedded, Scored, Description)

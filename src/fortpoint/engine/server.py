@@ -21,7 +21,7 @@ from fortpoint.engine.protocol import (
     Generate,
     Proceed,
     Scan,
-    Score,
+    ScoreText,
 )
 from fortpoint.engine.runner import Runner
 from fortpoint.engine.sequence import Job
@@ -98,14 +98,14 @@ class EngineServer:
 
     def _obey(
         self,
-        request: Describe | Cancel | Proceed | Score,
+        request: Describe | Cancel | Proceed | ScoreText,
         jobs: dict[str, Job],
         write: Callable[[Event], None],
     ) -> None:
         match request:
             case Describe():
                 write(self._describe(request.id))
-            case Score():
+            case ScoreText():
                 write(Failed(request.id, "unsupported", "scoring is not there yet"))
             case Cancel():
                 if job := jobs.pop(request.id, None):

@@ -34,7 +34,7 @@ from fortpoint.engine.protocol import (
     Generate,
     Prefilled,
     Scanned,
-    Score,
+    ScoreText,
     Scored,
     Token,
 )
@@ -86,7 +86,7 @@ class UpstreamEngine:
         finally:
             self._running -= 1
 
-    async def score(self, request: Score) -> Scored:
+    async def score(self, request: ScoreText) -> Scored:
         """Raises ``Unsupported``: upstream servers do not give a text's log-likelihood."""
         raise Unsupported("a text is scored by a model of our own only")
 
