@@ -197,6 +197,29 @@ class Guard(_Section, frozen=True, kw_only=True):
     ] = {}
 
 
+class Extraction(_Section, frozen=True, kw_only=True):
+    """What a caller may learn of the model beside its text, and who may change it inside."""
+
+    logprobs: Annotated[
+        bool,
+        Meta(
+            description="Send log-probabilities to whoever asks: at most 5 a token, rounded to "
+            "two decimals. They make copying the model cheaper."
+        ),
+    ] = False
+    features: Annotated[
+        Literal["operator", "all"],
+        Meta(description="Whose keys may see features of prompt and answer (`watch`)."),
+    ] = "operator"
+    steering: Annotated[
+        Literal["operator", "all"],
+        Meta(
+            description="Whose keys may `steer` and use `stop_when`. Whoever may can turn the "
+            "model's own restraint down, and learn of features when an answer stops."
+        ),
+    ] = "operator"
+
+
 class Audit(_Section, frozen=True, kw_only=True):
     """The record."""
 
@@ -214,6 +237,7 @@ class Config(_Section, frozen=True, kw_only=True):
     engine: Engine = Engine()
     upstream: Upstream = Upstream()
     guard: Guard = Guard()
+    extraction: Extraction = Extraction()
     audit: Audit = Audit()
 
     @property
