@@ -12,16 +12,16 @@ import schemathesis
 from hypothesis import HealthCheck
 
 from fakes import OPERATOR, Bench
-from fortpoint.config import Config
+from fortpoint.config import Config, Extraction
 from fortpoint.gateway.app import create_app
 
 _MANY = {"max_n": 64, "max_inputs": 1000, "max_messages": 1000, "request_timeout_s": 5.0}
 
 
 def _bench() -> Bench:
-    """Limits that a schema cannot say are set beyond what is generated."""
+    """Limits that a schema cannot say are set beyond what is generated, permissions given."""
     server = msgspec.structs.replace(Config().server, **_MANY)
-    return Bench(Config(server=server))
+    return Bench(Config(server=server, extraction=Extraction(logprobs=True)))
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(_bench().services()))
@@ -29,7 +29,12 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(_bench().ser
 
 @schema.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    """3.0 is an integer to JSON Schema, which cannot say otherwise. We take 3 and refuse 3.0."""
+    """What JSON Schema cannot say: that 3.0 is no integer, and how two fields go together."""
+    if isinstance(body, dict):
+        inside = body.get("fortpoint")
+        watch = inside.get("watch") if isinstance(inside, dict) else None
+        if isinstance(watch, dict) and isinstance(watch.get("top"), int):
+            watch["top"] = min(watch["top"], 16)
     return _whole(body)
 
 

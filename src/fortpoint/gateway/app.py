@@ -12,15 +12,15 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from litestar import Litestar, Request, Response, get, post
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
 from fortpoint.access.keys import Principal
-from fortpoint.config import Server
-from fortpoint.engine.protocol import Sampling
+from fortpoint.config import Config
+from fortpoint.engine.protocol import Generate, Sampling
 from fortpoint.errors import Forbidden, Unauthenticated
 from fortpoint.gateway import (
     chat,
@@ -37,30 +37,19 @@ from fortpoint.gateway import (
     openapi,
     page,
     record,
+    scoring,
+    white_box,
     wire,
 )
 from fortpoint.gateway.edge import Edge
 from fortpoint.gateway.exchange import Exchange
-from fortpoint.gateway.generation import Choice, Prompt
+from fortpoint.gateway.generation import Answered, Header, Prompt
+from fortpoint.gateway.sampling import TextRequest
 from fortpoint.gateway.services import Services
-from fortpoint.gateway.stream import EventStream, Format, Next
+from fortpoint.gateway.stream import EventStream, Format, Next, with_features
 from fortpoint.types import Message
 
-
-class _Ask(Protocol):
-    """What the path reads of a request to generate, whatever its surface."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def n(self) -> int | None: ...
-    @property
-    def stream(self) -> bool | None: ...
-    @property
-    def stream_options(self) -> wire.StreamOptions | None: ...
-
-
-_A = TypeVar("_A", bound=_Ask)
+_A = TypeVar("_A", bound=TextRequest)
 _R = TypeVar("_R")
 
 
@@ -68,18 +57,20 @@ _R = TypeVar("_R")
 class _Surface(Generic[_A]):
     """One way to ask for text."""
 
-    parse: Callable[[bytes, Server], _A]
+    parse: Callable[[bytes, Config], _A]
     prompts: Callable[[_A], tuple[Prompt, ...]]
-    sampling: Callable[[_A, Server], Sampling]
-    form: Callable[[str, int, str], Format]
+    sampling: Callable[[_A, Config], Sampling]
+    form: Callable[[Header], Format]
     prefix: str
 
 
-_CHAT = _Surface(chat.parse, chat.prompts, chat.sampling, chat.ChatFormat, chat.ChatFormat.prefix)
+_CHAT = _Surface(
+    chat.parse, chat.prompts, chat.sampling_of, chat.ChatFormat, chat.ChatFormat.prefix
+)
 _COMPLETIONS = _Surface(
     completions.parse,
     completions.prompts,
-    completions.sampling,
+    completions.sampling_of,
     completions.CompletionFormat,
     completions.CompletionFormat.prefix,
 )
@@ -90,21 +81,22 @@ async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> AS
     exchange = Exchange.of(request.scope)
     services = exchange.services
     # 1. Access: who asks, before a byte of the body is read; one of its places.
-    await _admit(request, exchange)
-    # 2. Parse, limits first; the model must be the one that is served.
-    ask = surface.parse(await _body(request, exchange), services.config.server)
+    principal = await _admit(request, exchange)
+    # 2. Parse, limits first; the model must be the one that is served, and what is asked of
+    #    its inside must be allowed to this key and loaded.
+    ask = surface.parse(await _body(request, exchange), services.config)
     prompts = surface.prompts(ask)
-    sampling = surface.sampling(ask, services.config.server)
+    sampling = surface.sampling(ask, services.config)
+    inside = ask.fortpoint or white_box.NOTHING
+    white_box.check_allowed(inside, principal, services.config.extraction)
     exchange.model = await services.catalogue.require(ask.model)
+    white_box.check_names(inside, exchange.model)
+    wanted = white_box.wanted(inside, Generate("", sampling, tenant=principal.key_id))
     # 3. The engine prefills and its probes read; the guard reads text and probes, and decides
     #    before the first token. A refusal leaves here, by ContentBlocked.
-    form = surface.form(
-        surface.prefix + exchange.request_id.removeprefix("req_"),
-        int(exchange.arrived_at),
-        exchange.model.model,
-    )
+    form = surface.form(Header.of(exchange, surface.prefix, exchange.model.model, wanted))
     opens = [
-        partial(generation.open_judged, exchange, prompt, sampling, number)
+        partial(generation.open_judged, exchange, prompt, wanted, number)
         for number, prompt in enumerate(prompts)
     ]
     if ask.stream:
@@ -112,19 +104,21 @@ async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> AS
             await _gather([generation.prejudge(exchange, prompt) for prompt in prompts])
         # 4. The engine decodes; tokens leave as they come, the last one after its entry.
         usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
-        return EventStream(exchange, form, await opens[0](), opens[1:], sampling.n, usage)
+        return EventStream(exchange, form, await opens[0](), opens[1:], wanted, usage)
     # 4. The engine decodes.
-    answers = await _gather([_answer(exchange, one, sampling.n) for one in opens])
-    choices = [choice for answer in answers for choice in answer]
+    answers = await _gather([_answer(exchange, one, wanted) for one in opens])
+    choices = [choice for answer in answers for choice in answer.choices]
     # 5. Audit: the entry is on disk before a byte of the answer leaves.
     exchange.answers([choice.text for choice in choices])
     await exchange.record(record.answered(exchange))
     # 6. Answer.
-    return _json(form.whole(choices, exchange.usage_counts(), exchange.note()))
+    read = [answer.prompt_features for answer in answers] if wanted.watch else None
+    note = with_features(exchange.note(), read)
+    return _json(form.whole(choices, exchange.usage_counts(), note))
 
 
-async def _answer(exchange: Exchange, opened: Next, n: int) -> list[Choice]:
-    return await generation.collect(exchange, await opened(), n)
+async def _answer(exchange: Exchange, opened: Next, wanted: Generate) -> Answered:
+    return await generation.collect(exchange, await opened(), wanted)
 
 
 @post("/v1/chat/completions", status_code=200)
@@ -144,7 +138,7 @@ async def embed(request: Request[Any, Any, Any]) -> ASGIApp:
     await _admit(request, exchange)
     ask = embeddings.parse(await _body(request, exchange), services.config.server)
     exchange.model = await services.catalogue.require(ask.model)
-    embedded = await services.engine.embed(embeddings.texts(ask))
+    embedded = await embeddings.embedded(services.engine, ask)
     exchange.count(prompt=embedded.usage.prompt)
     data = embeddings.written(ask, embedded.vectors)
     exchange.answers(data)
@@ -210,6 +204,24 @@ async def show_engine(request: Request[Any, Any, Any]) -> ASGIApp:
     return _json(models.state(exchange.model))
 
 
+@post("/api/score", status_code=200)
+async def score(request: Request[Any, Any, Any]) -> ASGIApp:
+    """An operator's tool: the guard does not judge what is scored."""
+    exchange = Exchange.of(request.scope)
+    services = exchange.services
+    principal = await _admit(request, exchange)
+    require(principal, "operator")
+    ask = scoring.parse(await _body(request, exchange), services.config)
+    exchange.model = await services.catalogue.require(ask.model)
+    white_box.check_names(ask.inside, exchange.model, under="")
+    asked = scoring.request_of(ask, exchange.request_id, principal.key_id)
+    scored = scoring.checked(await services.engine.score(asked))
+    exchange.count(prompt=scored.usage.prompt, completion=scored.usage.completion)
+    exchange.answers([scored.tokens, scored.logprobs])
+    await exchange.record(record.answered(exchange))
+    return _json(scoring.written(scored, exchange.model.model, exchange.note()))
+
+
 @get("/health/live")
 async def live() -> ASGIApp:
     return _json(health.Health("live"))
@@ -256,6 +268,7 @@ def create_app(services: Services) -> Litestar:
             list_models,
             show_model,
             show_engine,
+            score,
             live,
             ready,
             show_metrics,

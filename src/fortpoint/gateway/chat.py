@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from fortpoint.config import Server
-from fortpoint.engine.protocol import Sampling
-from fortpoint.gateway import limits, wire
-from fortpoint.gateway.generation import Choice, Prompt
+from fortpoint.config import Config
+from fortpoint.engine.protocol import Sampling, Token
+from fortpoint.gateway import limits, sampling, token_logprobs, wire
+from fortpoint.gateway.generation import Choice, Header, Prompt, finish_reason
+from fortpoint.gateway.token_features import ChoiceNote, choice_note
+from fortpoint.gateway.token_logprobs import ChatLogprobs
 from fortpoint.types import Message, Role
 
 NoTools = Annotated[
@@ -28,50 +30,12 @@ NoToolChoice = Annotated[
         extra_json_schema={"enum": [None, "none", "auto"]},
     ),
 ]
-NoBias = Annotated[
-    Any,
-    Meta(
-        description="it is off by the extraction policy",
-        extra_json_schema={"enum": [None, {}]},
-    ),
-]
-NoLogprobs = Annotated[
-    Any,
-    Meta(
-        description="log-probabilities are off by the extraction policy",
-        extra_json_schema={"enum": [None, False]},
-    ),
-]
-NoTopLogprobs = Annotated[
-    Any,
-    Meta(
-        description="it is off by the extraction policy, as logprobs are",
-        extra_json_schema={"enum": [None, 0]},
-    ),
-]
-NoPenalty = Annotated[
-    Any,
-    Meta(
-        description="penalties are not served; leave it out or send 0",
-        extra_json_schema={"enum": [None, 0]},
-    ),
-]
-NoFormat = Annotated[
-    Any,
-    Meta(
-        description="only plain text is served",
-        extra_json_schema={"enum": [None, {"type": "text"}]},
-    ),
-]
 NoModality = Annotated[
     Any,
     Meta(
         description="only text is served",
         extra_json_schema={"enum": [None, ["text"]]},
     ),
-]
-Nothing = Annotated[
-    Any, Meta(description="this server does not have it", extra_json_schema={"enum": [None]})
 ]
 
 
@@ -90,39 +54,24 @@ class Turn(msgspec.Struct, frozen=True):
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: NoTools = None
-    function_call: Nothing = None
-    audio: Nothing = None
+    function_call: wire.Nothing = None
+    audio: wire.Nothing = None
 
 
-class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ChatRequest(sampling.TextRequest, frozen=True, kw_only=True):
     """What to answer and how. Fields that are not listed are ignored."""
 
-    model: str
     messages: Annotated[list[Turn], Meta(min_length=1)]
-    stream: bool | None = None
-    stream_options: wire.StreamOptions | None = None
-    n: wire.N = None
-    stop: wire.Stop = None
-    seed: wire.Seed = None
-    temperature: wire.Temperature = None
-    top_p: wire.TopP = None
-    max_tokens: wire.MaxTokens = None
-    max_completion_tokens: wire.MaxTokens = None
-    user: str | None = None
-    fortpoint: dict[str, Any] | None = None
-    logprobs: NoLogprobs = None
-    top_logprobs: NoTopLogprobs = None
-    logit_bias: NoBias = None
-    presence_penalty: NoPenalty = None
-    frequency_penalty: NoPenalty = None
+    max_completion_tokens: sampling.MaxTokens = None
+    logprobs: bool | None = None
+    top_logprobs: sampling.TopLogprobs = None
     tools: NoTools = None
     tool_choice: NoToolChoice = None
     functions: NoTools = None
     function_call: NoToolChoice = None
-    response_format: NoFormat = None
     modalities: NoModality = None
-    audio: Nothing = None
-    web_search_options: Nothing = None
+    audio: wire.Nothing = None
+    web_search_options: wire.Nothing = None
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -135,7 +84,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: Answer
     finish_reason: str
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
+    fortpoint: ChoiceNote | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +107,8 @@ class ChatPiece(msgspec.Struct, frozen=True):
     index: int
     delta: Delta
     finish_reason: str | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
+    fortpoint: ChoiceNote | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,39 +121,35 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     fortpoint: wire.Note | msgspec.UnsetType = msgspec.UNSET
 
 
-def parse(body: bytes, server: Server) -> ChatRequest:
+def parse(body: bytes, config: Config) -> ChatRequest:
     """The request, within the server's limits. Raises ``InvalidRequest`` and its like."""
-    ask = wire.decode(body, ChatRequest)
+    ask, server = wire.decode(body, ChatRequest), config.server
     limits.check_count(len(ask.messages), server.max_messages, "messages", "messages")
-    limits.check_count(ask.n or 1, server.max_n, "n", "answers")
     for turn in ask.messages:
         wire.refuse_unsupported(turn)
-    texts = [message.content for message in _messages(ask)]
-    limits.check_texts(texts, server.max_prompt_bytes, "messages")
-    limits.check_texts(stops(ask.stop), server.max_prompt_bytes, "stop")
+    limits.check_texts(
+        [message.content for message in conversation(ask.messages)],
+        server.max_prompt_bytes,
+        "messages",
+    )
+    sampling.check(ask, config)
     return ask
 
 
 def prompts(ask: ChatRequest) -> tuple[Prompt, ...]:
-    return (Prompt(_messages(ask), "messages"),)
+    return (Prompt(conversation(ask.messages), "messages"),)
 
 
-def sampling(ask: ChatRequest, server: Server) -> Sampling:
+def sampling_of(ask: ChatRequest, config: Config) -> Sampling:
     asked = [most for most in (ask.max_tokens, ask.max_completion_tokens) if most is not None]
-    return Sampling(
-        max_tokens=min(asked, default=server.default_max_tokens),
-        temperature=1.0 if ask.temperature is None else ask.temperature,
-        top_p=1.0 if ask.top_p is None else ask.top_p,
-        seed=ask.seed,
-        n=ask.n or 1,
-        stop=stops(ask.stop),
-    )
+    return sampling.of(ask, config, _n_logprobs(ask), min(asked, default=None))
 
 
-def stops(stop: wire.Stop) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _n_logprobs(ask: ChatRequest) -> int | None:
+    """``top_logprobs`` alone asks for logprobs too."""
+    if ask.logprobs is False or (ask.logprobs is None and not ask.top_logprobs):
+        return None
+    return ask.top_logprobs or 0
 
 
 class ChatFormat:
@@ -210,20 +157,27 @@ class ChatFormat:
 
     prefix = "chatcmpl-"
 
-    def __init__(self, answer_id: str, created: int, model: str) -> None:
-        self._id, self._created, self._model = answer_id, created, model
+    def __init__(self, header: Header) -> None:
+        self._header = header
 
     def whole(
         self, choices: Sequence[Choice], usage: wire.UsageCounts, note: wire.Note
     ) -> ChatCompletion:
+        header = self._header
         answers = [
-            ChatChoice(index, Answer(choice.text), choice.reason)
+            ChatChoice(
+                index,
+                Answer(choice.text),
+                finish_reason(choice.reason),
+                self._logprobs(choice.tokens),
+                choice_note(choice.tokens if header.features else None, choice.reason),
+            )
             for index, choice in enumerate(choices)
         ]
         return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
+            id=header.answer_id,
+            created=header.created,
+            model=header.model,
             choices=answers,
             usage=usage,
             fortpoint=note,
@@ -232,11 +186,19 @@ class ChatFormat:
     def opening(self, index: int) -> ChatPiece | None:
         return ChatPiece(index, Delta("assistant", ""))
 
-    def piece(self, index: int, text: str) -> ChatPiece:
-        return ChatPiece(index, Delta(content=text))
+    def piece(self, index: int, token: Token) -> ChatPiece:
+        delta = Delta(content=token.text)
+        if not self._header.detailed:
+            return ChatPiece(index, delta)
+        note = choice_note([token] if self._header.features else None)
+        return ChatPiece(index, delta, None, self._logprobs([token]), note)
 
     def closing(self, index: int, reason: str) -> ChatPiece:
-        return ChatPiece(index, Delta(), reason)
+        return ChatPiece(index, Delta(), finish_reason(reason), None, choice_note(None, reason))
+
+    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
+        n_top = self._header.n_logprobs
+        return None if n_top is None else token_logprobs.of_chat(tokens, n_top)
 
     def chunk(
         self,
@@ -245,17 +207,18 @@ class ChatFormat:
         note: wire.Note | msgspec.UnsetType = msgspec.UNSET,
     ) -> ChatChunk:
         return ChatChunk(
-            id=self._id,
-            created=self._created,
-            model=self._model,
+            id=self._header.answer_id,
+            created=self._header.created,
+            model=self._header.model,
             choices=list(pieces),
             usage=usage,
             fortpoint=note,
         )
 
 
-def _messages(ask: ChatRequest) -> tuple[Message, ...]:
-    return tuple(Message(_role(turn.role), _text(turn.content)) for turn in ask.messages)
+def conversation(turns: Sequence[Turn]) -> tuple[Message, ...]:
+    """The turns in the engine's terms."""
+    return tuple(Message(_role(turn.role), _text(turn.content)) for turn in turns)
 
 
 def _role(name: str) -> Role:

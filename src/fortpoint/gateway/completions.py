@@ -8,20 +8,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from fortpoint.config import Server
-from fortpoint.engine.protocol import Sampling
-from fortpoint.gateway import limits, wire
-from fortpoint.gateway.chat import NoBias, NoPenalty, Nothing, stops
-from fortpoint.gateway.generation import Choice, Prompt
+from fortpoint.config import Config
+from fortpoint.engine.protocol import Sampling, Token
+from fortpoint.gateway import limits, sampling, token_logprobs, wire
+from fortpoint.gateway.generation import Choice, Header, Prompt, finish_reason
+from fortpoint.gateway.token_features import ChoiceNote, choice_note
+from fortpoint.gateway.token_logprobs import CompletionLogprobs
 from fortpoint.types import Message, Role
 
-NoLogprobs = Annotated[
-    Any,
-    Meta(
-        description="log-probabilities are off by the extraction policy",
-        extra_json_schema={"enum": [None]},
-    ),
-]
 NoEcho = Annotated[
     Any,
     Meta(
@@ -38,35 +32,22 @@ OneBest = Annotated[
 ]
 
 
-class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
+class CompletionRequest(sampling.TextRequest, frozen=True, kw_only=True):
     """Text to go on from. Fields that are not listed are ignored."""
 
-    model: str
     prompt: wire.SomeText | Annotated[list[wire.SomeText], Meta(min_length=1)]
-    stream: bool | None = None
-    stream_options: wire.StreamOptions | None = None
-    n: wire.N = None
-    stop: wire.Stop = None
-    seed: wire.Seed = None
-    temperature: wire.Temperature = None
-    top_p: wire.TopP = None
-    max_tokens: wire.MaxTokens = None
-    user: str | None = None
-    fortpoint: dict[str, Any] | None = None
-    logprobs: NoLogprobs = None
-    logit_bias: NoBias = None
-    presence_penalty: NoPenalty = None
-    frequency_penalty: NoPenalty = None
+    logprobs: sampling.TopLogprobs = None
     best_of: OneBest = None
     echo: NoEcho = None
-    suffix: Nothing = None
+    suffix: wire.Nothing = None
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
     finish_reason: str | None = None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
+    fortpoint: ChoiceNote | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,30 +62,27 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     fortpoint: wire.Note | msgspec.UnsetType = msgspec.UNSET
 
 
-def parse(body: bytes, server: Server) -> CompletionRequest:
+def parse(body: bytes, config: Config) -> CompletionRequest:
     """The request, within the server's limits. Raises ``InvalidRequest`` and its like."""
-    ask = wire.decode(body, CompletionRequest)
+    ask, server = wire.decode(body, CompletionRequest), config.server
     texts = _texts(ask)
     limits.check_count(len(texts), server.max_inputs, "prompt", "prompts")
-    limits.check_count(ask.n or 1, server.max_n, "n", "answers")
     limits.check_texts(texts, server.max_prompt_bytes, "prompt")
-    limits.check_texts(stops(ask.stop), server.max_prompt_bytes, "stop")
+    sampling.check(ask, config)
     return ask
 
 
 def prompts(ask: CompletionRequest) -> tuple[Prompt, ...]:
-    return tuple(Prompt((Message(Role.USER, text),), "prompt", text) for text in _texts(ask))
+    return tuple(raw_prompt(text) for text in _texts(ask))
 
 
-def sampling(ask: CompletionRequest, server: Server) -> Sampling:
-    return Sampling(
-        max_tokens=ask.max_tokens or server.default_max_tokens,
-        temperature=1.0 if ask.temperature is None else ask.temperature,
-        top_p=1.0 if ask.top_p is None else ask.top_p,
-        seed=ask.seed,
-        n=ask.n or 1,
-        stop=stops(ask.stop),
-    )
+def raw_prompt(text: str) -> Prompt:
+    """Raw for the engine; the user's for the guard."""
+    return Prompt((Message(Role.USER, text),), "prompt", text)
+
+
+def sampling_of(ask: CompletionRequest, config: Config) -> Sampling:
+    return sampling.of(ask, config, ask.logprobs, ask.max_tokens)
 
 
 class CompletionFormat:
@@ -112,14 +90,21 @@ class CompletionFormat:
 
     prefix = "cmpl-"
 
-    def __init__(self, answer_id: str, created: int, model: str) -> None:
-        self._id, self._created, self._model = answer_id, created, model
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        self._offsets: dict[int, int] = {}  # of streamed choices, in characters
 
     def whole(
         self, choices: Sequence[Choice], usage: wire.UsageCounts, note: wire.Note
     ) -> Completion:
         answers = [
-            CompletionChoice(index, choice.text, choice.reason)
+            CompletionChoice(
+                index,
+                choice.text,
+                finish_reason(choice.reason),
+                self._logprobs(index, choice.tokens),
+                choice_note(choice.tokens if self._header.features else None, choice.reason),
+            )
             for index, choice in enumerate(choices)
         ]
         return self.chunk(answers, usage, note)
@@ -127,11 +112,23 @@ class CompletionFormat:
     def opening(self, index: int) -> CompletionChoice | None:
         return None
 
-    def piece(self, index: int, text: str) -> CompletionChoice:
-        return CompletionChoice(index, text)
+    def piece(self, index: int, token: Token) -> CompletionChoice:
+        if not self._header.detailed:
+            return CompletionChoice(index, token.text)
+        note = choice_note([token] if self._header.features else None)
+        return CompletionChoice(index, token.text, None, self._logprobs(index, [token]), note)
 
     def closing(self, index: int, reason: str) -> CompletionChoice:
-        return CompletionChoice(index, "", reason)
+        return CompletionChoice(index, "", finish_reason(reason), None, choice_note(None, reason))
+
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> CompletionLogprobs | None:
+        n_top = self._header.n_logprobs
+        if n_top is None:
+            return None
+        offset = self._offsets.get(index, 0)
+        written = token_logprobs.of_completion(tokens, n_top, offset)
+        self._offsets[index] = offset + sum(len(text) for text in written.tokens)
+        return written
 
     def chunk(
         self,
@@ -140,9 +137,9 @@ class CompletionFormat:
         note: wire.Note | msgspec.UnsetType = msgspec.UNSET,
     ) -> Completion:
         return Completion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
+            id=self._header.answer_id,
+            created=self._header.created,
+            model=self._header.model,
             choices=list(pieces),
             usage=usage,
             fortpoint=note,

@@ -47,6 +47,7 @@ _SURFACES = frozenset(
         "/v1/moderations",
         "/v1/models",
         "/api/engine",
+        "/api/score",
     }
 )
 

@@ -2,29 +2,27 @@
 
 These vectors come from a language model that was not trained to embed: near texts are near,
 but do not expect the quality of a model made for retrieval. Nothing is generated, so the
-guard does not judge the input.
+guard does not judge the input. ``dimensions`` may name the model's own width and no other:
+its vectors were not trained to be cut short.
 """
 
 from __future__ import annotations
 
 import base64
+import math
 import struct
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from fortpoint.config import Server
+from fortpoint.engine.client import Engine
+from fortpoint.engine.protocol import Embedded
+from fortpoint.errors import EngineError, InvalidRequest, Unsupported
 from fortpoint.gateway import limits, wire
-
-OwnDimensions = Annotated[
-    Any,
-    Meta(
-        description="vectors have the model's own width",
-        extra_json_schema={"enum": [None]},
-    ),
-]
+from fortpoint.gateway.white_box import NothingInside
 
 
 class EmbeddingsRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,8 +32,8 @@ class EmbeddingsRequest(msgspec.Struct, frozen=True, kw_only=True):
     input: wire.SomeText | Annotated[list[wire.SomeText], Meta(min_length=1)]
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
-    fortpoint: dict[str, Any] | None = None
-    dimensions: OwnDimensions = None
+    fortpoint: NothingInside | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,16 +69,38 @@ def texts(ask: EmbeddingsRequest) -> list[str]:
     return [ask.input] if isinstance(ask.input, str) else ask.input
 
 
+async def embedded(engine: Engine, ask: EmbeddingsRequest) -> Embedded:
+    """One vector a text. What the engine finds too long gets its field's name."""
+    try:
+        return await engine.embed(texts(ask))
+    except InvalidRequest as error:
+        error.param = error.param or "input"
+        raise
+
+
 def written(ask: EmbeddingsRequest, vectors: Sequence[tuple[float, ...]]) -> list[Embedding]:
-    """The vectors in the encoding that was asked for."""
-    return [
-        Embedding(
-            index=index,
-            embedding=_base64(vector) if ask.encoding_format == "base64" else vector,
-        )
-        for index, vector in enumerate(vectors)
-    ]
+    """The vectors in the encoding that was asked for.
+
+    Raises ``Unsupported`` for another width than theirs, ``EngineError`` for vectors that are
+    not one finite vector a text.
+    """
+    if len(vectors) != len(texts(ask)):
+        raise EngineError("the engine sent another number of vectors than of texts")
+    width = len(vectors[0])
+    if ask.dimensions not in (None, width):
+        raise Unsupported(f"this model's vectors have {width} dimensions", param="dimensions")
+    packed = [_packed(vector) for vector in vectors]
+    if ask.encoding_format == "base64":
+        written = [base64.b64encode(raw).decode() for raw in packed]
+        return [Embedding(index=index, embedding=text) for index, text in enumerate(written)]
+    return [Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors)]
 
 
-def _base64(vector: tuple[float, ...]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+def _packed(vector: tuple[float, ...]) -> bytes:
+    """Little-endian float32."""
+    try:
+        if all(map(math.isfinite, vector)):
+            return struct.pack(f"<{len(vector)}f", *vector)
+    except OverflowError:
+        pass
+    raise EngineError("the engine sent a vector that is not of finite numbers")

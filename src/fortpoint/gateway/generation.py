@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Self
+
+import msgspec
 
 from fortpoint.engine.client import Stream
-from fortpoint.engine.protocol import Done, Finished, Generate, Prefilled, Sampling, Token
-from fortpoint.errors import EngineError
-from fortpoint.gateway import judgement
+from fortpoint.engine.protocol import Done, Finished, Generate, Prefilled, Token
+from fortpoint.errors import ContextLengthExceeded, EngineError, InvalidRequest
+from fortpoint.gateway import judgement, response_format, token_features
 from fortpoint.gateway.exchange import Exchange
+from fortpoint.gateway.token_features import PromptTokenFeatures
 from fortpoint.types import Message
 
 
@@ -27,47 +31,105 @@ class Prompt:
     raw: str | None = None
 
 
+@dataclass(frozen=True)
+class Header:
+    """What all parts of an answer share, and what is shown of its tokens beside their text."""
+
+    answer_id: str
+    created: int
+    model: str
+    features: bool = False
+    n_logprobs: int | None = None
+
+    @classmethod
+    def of(cls, exchange: Exchange, prefix: str, model: str, wanted: Generate) -> Self:
+        return cls(
+            prefix + exchange.request_id.removeprefix("req_"),
+            int(exchange.arrived_at),
+            model,
+            wanted.watch is not None,
+            wanted.sampling.logprobs,
+        )
+
+    @property
+    def detailed(self) -> bool:
+        return self.features or self.n_logprobs is not None
+
+
 @dataclass
 class Choice:
-    """One answer, as it grows."""
+    """One answer, as it grows. ``tokens`` are kept only where something of each is shown."""
 
     parts: list[str] = field(default_factory=list)
     reason: str = "stop"
+    tokens: list[Token] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         return "".join(self.parts)
 
 
-async def open_judged(
-    exchange: Exchange, prompt: Prompt, sampling: Sampling, number: int
-) -> Stream:
+@dataclass(frozen=True)
+class Opened:
+    """A prompt that may be answered: its tokens to come, and what was read in it for the
+    caller (empty unless the request watches)."""
+
+    stream: Stream
+    prompt_features: list[PromptTokenFeatures]
+
+
+@dataclass(frozen=True)
+class Answered:
+    choices: list[Choice]
+    prompt_features: list[PromptTokenFeatures]
+
+
+async def open_judged(exchange: Exchange, prompt: Prompt, wanted: Generate, number: int) -> Opened:
     """Prefill ``prompt`` and let the guard decide; the stream then holds tokens.
 
-    Raises ``ContentBlocked``, ``GuardFailed`` or an ``EngineError``. The exchange closes the
-    stream, however it ends.
+    ``wanted`` says everything but the prompt. Where it steers the prompt, the guard has
+    judged an unsteered pass before: nobody steers what the guard's probes read. Raises
+    ``ContentBlocked``, ``GuardFailed``, ``InvalidRequest`` or an ``EngineError``. The exchange
+    closes the stream, however it ends.
     """
     services = exchange.services
-    guarded = services.guard is not None
-    stream = await services.engine.generate(
-        Generate(
-            id=f"{exchange.request_id}-{number}",
-            sampling=sampling,
-            messages=prompt.messages if prompt.raw is None else None,
-            prompt=prompt.raw,
-            read=guarded and services.config.guard.probes,
-            hold=guarded,
-        )
+    steered = any(steer.scope == "all" for steer in wanted.steer)
+    if steered:
+        await prejudge(exchange, prompt)
+    held = services.guard is not None and not steered
+    request = msgspec.structs.replace(
+        wanted,
+        id=f"{exchange.request_id}-{number}",
+        messages=prompt.messages if prompt.raw is None else None,
+        prompt=prompt.raw,
+        read=held and services.config.guard.probes,
+        hold=held,
     )
+    stream = await services.engine.generate(request)
     exchange.resources.push_async_callback(stream.aclose)
-    prefilled = await anext(stream, None)
-    if not isinstance(prefilled, Prefilled):
-        raise EngineError("the engine answered out of turn")
+    prefilled = await _prefilled(stream, request, prompt.param)
     exchange.count(prompt=prefilled.n_prompt_tokens)
-    if guarded:
+    if held:
         await judgement.decide(exchange, prompt.messages, prefilled.reading, prompt.param)
         await stream.proceed()
-    return stream
+    if wanted.watch is None:
+        return Opened(stream, [])
+    return Opened(stream, token_features.of_prompt(prefilled.reading))
+
+
+async def _prefilled(stream: Stream, request: Generate, param: str) -> Prefilled:
+    """The first event. What the engine finds wrong with the request gets its field's name."""
+    try:
+        prefilled = await anext(stream, None)
+    except InvalidRequest as error:
+        if error.param is None and isinstance(error, ContextLengthExceeded):
+            error.param = param
+        elif error.param is None and request.sampling.json_schema and "schema" in error.message:
+            error.param = response_format.PARAM
+        raise
+    if not isinstance(prefilled, Prefilled):
+        raise EngineError("the engine answered out of turn")
+    return prefilled
 
 
 async def prejudge(exchange: Exchange, prompt: Prompt) -> None:
@@ -102,13 +164,21 @@ async def decode(exchange: Exchange, stream: Stream) -> AsyncIterator[Token | Fi
     raise EngineError("the engine ended this answer early")
 
 
-async def collect(exchange: Exchange, stream: Stream, n: int) -> list[Choice]:
-    """All ``n`` answers of an open stream, whole."""
-    choices = [Choice() for _ in range(n)]
-    async for event in decode(exchange, stream):
+async def collect(exchange: Exchange, opened: Opened, wanted: Generate) -> Answered:
+    """All answers of an open stream, whole."""
+    choices = [Choice() for _ in range(wanted.sampling.n)]
+    detailed = wanted.watch is not None or wanted.sampling.logprobs is not None
+    async for event in decode(exchange, opened.stream):
         choice = choices[event.choice]
         if isinstance(event, Token):
             choice.parts.append(event.text)
+            if detailed:
+                choice.tokens.append(event)
         else:
             choice.reason = event.reason
-    return choices
+    return Answered(choices, opened.prompt_features)
+
+
+def finish_reason(reason: str) -> str:
+    """In OpenAI's words, which have none for ``stop_when``."""
+    return "stop" if reason == "stop_when" else reason

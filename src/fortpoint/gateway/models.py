@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from fortpoint.engine.client import Engine
-from fortpoint.engine.protocol import Description
+from fortpoint.engine.protocol import Description, DictionaryCard, UpstreamState
 from fortpoint.errors import ModelNotFound
 
 _MAX_AGE_S = 5.0
@@ -43,6 +43,10 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     waiting: int
     protections: dict[str, bool]
+    adapters: tuple[str, ...]
+    dictionaries: tuple[DictionaryCard, ...]
+    directions: tuple[str, ...]
+    upstreams: tuple[UpstreamState, ...]
 
 
 class Catalogue:

@@ -7,7 +7,7 @@ input of several texts.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,7 @@ from msgspec import Meta
 from fortpoint.config import Server
 from fortpoint.gateway import limits, wire
 from fortpoint.gateway.chat import TextPart
+from fortpoint.gateway.white_box import NothingInside
 from fortpoint.types import Message, Role, Verdict
 
 _ALSO_CALLED = {"harmful_request": "illicit"}
@@ -25,7 +26,7 @@ class ModerationsRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     input: wire.Text | Annotated[list[wire.Text | TextPart], Meta(min_length=1)]
     model: str | None = None
-    fortpoint: dict[str, Any] | None = None
+    fortpoint: NothingInside | None = None
 
 
 class Moderation(msgspec.Struct, frozen=True):

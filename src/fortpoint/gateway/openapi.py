@@ -14,7 +14,16 @@ from typing import Any
 import msgspec
 
 from fortpoint import __version__
-from fortpoint.gateway import chat, completions, embeddings, health, models, moderations, wire
+from fortpoint.gateway import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    models,
+    moderations,
+    scoring,
+    wire,
+)
 
 _REF = "#/components/schemas/{name}"
 
@@ -25,7 +34,7 @@ _MEANING = {
     400: "The request is not valid, asks for what is not served, or the guard refused it "
     "(`content_filter`).",
     401: "No key, or a wrong, revoked or expired one.",
-    403: "The key's role may not do this.",
+    403: "The key's role may not do this, or not ask this of the model's inside.",
     404: "No such model.",
     413: "The body is too large.",
     415: "The body is not JSON.",
@@ -58,7 +67,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "Answer a conversation.",
         chat.ChatCompletion,
         chat.ChatRequest,
-        _ASKS,
+        (*_ASKS, 403),
         chat.ChatChunk,
     ),
     _Operation(
@@ -68,7 +77,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "Go on from a text.",
         completions.Completion,
         completions.CompletionRequest,
-        _ASKS,
+        (*_ASKS, 403),
         completions.Completion,
     ),
     _Operation(
@@ -109,6 +118,15 @@ _OPERATIONS: Sequence[_Operation] = (
         models.EngineState,
         None,
         (*_READS, 403),
+    ),
+    _Operation(
+        "/api/score",
+        "post",
+        "score",
+        "The log-likelihood of a text after a prompt (operators only; the guard does not judge).",
+        scoring.Score,
+        scoring.ScoreRequest,
+        (*_ASKS, 403),
     ),
     _Operation("/health/live", "get", "live", "This process answers.", health.Health, open=True),
     _Operation(
@@ -195,6 +213,10 @@ def _schemas() -> dict[str, Any]:
                 kinds.add(kind)
     ordered = sorted(kinds, key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(ordered, ref_template=_REF)
+    for schema in schemas.values():
+        if "description" in schema:
+            schema["description"] = " ".join(schema["description"].split())
+    schemas["ScoreRequest"]["oneOf"] = [{"required": ["messages"]}, {"required": ["prompt"]}]
     return dict(schemas)
 
 

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import msgspec
 from litestar.types import Receive, Scope, Send
 
-from fortpoint.engine.client import Stream
-from fortpoint.engine.protocol import Token
+from fortpoint.engine.protocol import Generate, Token
 from fortpoint.errors import EngineError
 from fortpoint.gateway import faults, record, wire
 from fortpoint.gateway.exchange import Exchange
-from fortpoint.gateway.generation import Choice, decode
+from fortpoint.gateway.generation import Choice, Opened, decode
+from fortpoint.gateway.token_features import PromptTokenFeatures
 
-Next = Callable[[], Awaitable[Stream]]
+Next = Callable[[], Awaitable[Opened]]
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -39,7 +39,7 @@ class Format(Protocol):
 
     def opening(self, index: int) -> object | None: ...
 
-    def piece(self, index: int, text: str) -> object: ...
+    def piece(self, index: int, token: Token) -> object: ...
 
     def closing(self, index: int, reason: str) -> object: ...
 
@@ -55,25 +55,28 @@ class EventStream:
     """The response of one streamed generation, an ASGI application.
 
     ``first`` is open and judged; ``later`` open and judge the further prompts, one after the
-    other, each with ``n`` answers.
+    other, each with as many answers as are ``wanted``.
     """
 
     def __init__(
         self,
         exchange: Exchange,
         form: Format,
-        first: Stream,
+        first: Opened,
         later: Sequence[Next],
-        n: int,
+        wanted: Generate,
         include_usage: bool,
     ) -> None:
         self._exchange = exchange
         self._form = form
         self._first = first
         self._later = later
-        self._n = n
+        self._n = wanted.sampling.n
+        self._watches = wanted.watch is not None
+        self._detailed = self._watches or wanted.sampling.logprobs is not None
         self._include_usage = include_usage
         self._choices: list[Choice] = []
+        self._prompt_features: list[list[PromptTokenFeatures]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._exchange.streaming = True
@@ -103,7 +106,9 @@ class EventStream:
             raise EngineError("the engine ended this answer early")
         self._note_answer()
         await self._exchange.record(record.answered(self._exchange))
-        note = self._exchange.note()
+        note = with_features(
+            self._exchange.note(), self._prompt_features if self._watches else None
+        )
         if self._include_usage:
             yield self._event([held])
             yield _data(self._form.chunk([], self._exchange.usage_counts(), note))
@@ -113,19 +118,20 @@ class EventStream:
     async def _pieces(self) -> AsyncIterator[tuple[object, bool]]:
         """The pieces of all choices, and whether each closes its choice."""
         for number in range(1 + len(self._later)):
-            stream = self._first if number == 0 else await self._later[number - 1]()
+            opened = self._first if number == 0 else await self._later[number - 1]()
+            self._prompt_features.append(opened.prompt_features)
             base = number * self._n
             self._choices += [Choice() for _ in range(self._n)]
             for index in range(base, base + self._n):
                 if (opening := self._form.opening(index)) is not None:
                     yield opening, False
-            async for event in decode(self._exchange, stream):
+            async for event in decode(self._exchange, opened.stream):
                 index = base + event.choice
                 if not isinstance(event, Token):
                     yield self._form.closing(index, event.reason), True
-                elif event.text:
+                elif event.text or self._detailed:
                     self._choices[index].parts.append(event.text)
-                    yield self._form.piece(index, event.text), False
+                    yield self._form.piece(index, event), False
 
     def _note_answer(self) -> None:
         self._exchange.answers([choice.text for choice in self._choices])
@@ -133,6 +139,15 @@ class EventStream:
     def _event(self, pieces: Sequence[object]) -> bytes:
         usage = None if self._include_usage else msgspec.UNSET
         return _data(self._form.chunk(pieces, usage))
+
+
+def with_features(
+    note: wire.Note, prompt_features: list[list[PromptTokenFeatures]] | None
+) -> wire.Note:
+    """The note with what was read in each prompt; as it is where nobody watches."""
+    if prompt_features is None:
+        return note
+    return msgspec.structs.replace(note, prompt_features=prompt_features)
 
 
 def _data(chunk: object) -> bytes:

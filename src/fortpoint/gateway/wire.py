@@ -8,7 +8,9 @@ clients send many.
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -16,29 +18,24 @@ import msgspec
 from msgspec import Meta
 
 from fortpoint.errors import InvalidRequest, Unsupported
+from fortpoint.gateway.token_features import PromptTokenFeatures
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 _PATH = re.compile(r" - at `(?:key in )?\$(.*?)`$")
 _MISSING = re.compile(r"^Object missing required field `(\w+)`")
+_UNKNOWN = "Object contains unknown field `"
+_BYTE = re.compile(r"\(byte (\d+)\)$")
+_KEY = re.compile(rb'"(\w+)"\s*:\s*(?:\[\s*)?-?$')
+_NOT_JSON = re.compile(rb"NaN|Infinity")
+_SHOWN_NAME = 64
 _ECHO = re.compile(r"^Invalid (?:enum )?value .*?(?= - at `|$)", re.DOTALL)
 
-_INT64 = 2**63
-
-SEED = Meta(ge=-_INT64, le=_INT64 - 1)
 Text = Annotated[str, Meta(extra_json_schema={"pattern": "^[^\\u0000]*$"})]
 SomeText = Annotated[str, Meta(min_length=1, extra_json_schema={"pattern": "^[^\\u0000]+$"})]
-StopText = Annotated[str, Meta(min_length=1, max_length=256)]
-Stop = StopText | Annotated[list[StopText], Meta(max_length=4)] | None
-Temperature = Annotated[float, Meta(ge=0, le=2)] | None
-TopP = Annotated[float, Meta(ge=0, le=1)] | None
-MaxTokens = Annotated[int, Meta(ge=1, le=10_000_000)] | None
-N = Annotated[int, Meta(ge=1, le=64)] | None
-Seed = Annotated[int, SEED] | None
-
-
-class StreamOptions(msgspec.Struct, frozen=True):
-    include_usage: bool | None = None
+Nothing = Annotated[
+    Any, Meta(description="this server does not have it", extra_json_schema={"enum": [None]})
+]
 
 
 class Audited(msgspec.Struct, frozen=True):
@@ -57,11 +54,15 @@ class Judged(msgspec.Struct, frozen=True):
 
 
 class Note(msgspec.Struct, frozen=True):
-    """Our own part of an answer. ``guard`` is null where nothing was judged."""
+    """Our own part of an answer. ``guard`` is null where nothing was judged.
+
+    ``prompt_features`` (each prompt's tokens) is there only where the request watches.
+    """
 
     request_id: str
     audit: Audited | None = None
     guard: Judged | None = None
+    prompt_features: list[list[PromptTokenFeatures]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -98,13 +99,13 @@ def decode(body: bytes, kind: type[_T]) -> _T:
         body.decode()
         value: _T = _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
-        raise _validation_error(str(error)) from None
+        raise _validation_error(str(error), kind) from None
     except UnicodeDecodeError:
         raise InvalidRequest("the body is not valid UTF-8") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
-    except ValueError:  # msgspec.DecodeError is one
-        raise InvalidRequest("the body is not valid JSON") from None
+    except ValueError as error:  # msgspec.DecodeError is one
+        raise _syntax_error(str(error), body, kind) from None
     refuse_unsupported(value)
     return value
 
@@ -114,13 +115,61 @@ def _decoder(kind: type[_T]) -> msgspec.json.Decoder[_T]:
     return msgspec.json.Decoder(kind)
 
 
-def _validation_error(message: str) -> InvalidRequest:
+def _validation_error(message: str, kind: type[msgspec.Struct]) -> InvalidRequest:
     """``param`` is the path of the wrong field, or of the missing one."""
+    if message.startswith(_UNKNOWN):
+        return _unknown_field(message, kind)
     found, missing = _PATH.search(message), _MISSING.match(message)
     names = [found[1].lstrip(".")] if found else []
     names += [missing[1]] if missing else []
     public = _ECHO.sub("Value not known here", message)[:300]
     return InvalidRequest(public, param=".".join(filter(None, names)) or None)
+
+
+def _unknown_field(message: str, kind: type[msgspec.Struct]) -> InvalidRequest:
+    """Names the nearest field that is known there."""
+    said, _, path = message.removeprefix(_UNKNOWN).rpartition("` - at `$")
+    name, path = (said, path.rstrip("`").lstrip(".")) if path else (message, "")
+    known = _struct_at(kind, path).__struct_fields__
+    near = difflib.get_close_matches(name[:_SHOWN_NAME], known, n=1, cutoff=0.0)
+    hint = f"did you mean {near[0]!r}?" if near else "it takes none"
+    return InvalidRequest(f"an unknown field; {hint}", param=path or None)
+
+
+def _syntax_error(message: str, body: bytes, kind: type[msgspec.Struct]) -> InvalidRequest:
+    """Not JSON. ``NaN`` and ``Infinity`` are what clients' own libraries write there."""
+    at = _BYTE.search(message)
+    before = body[max(0, int(at[1]) - _SHOWN_NAME) : int(at[1])] if at else b""
+    if at and (key := _KEY.search(before)) and _NOT_JSON.match(body, int(at[1])):
+        name = key[1].decode()
+        param = name if name in _all_fields(kind) else None
+        return InvalidRequest("NaN and Infinity are not numbers in JSON", param=param)
+    return InvalidRequest("the body is not valid JSON")
+
+
+@cache
+def _all_fields(kind: type[msgspec.Struct]) -> frozenset[str]:
+    """Names of all fields at any depth."""
+    names = set(kind.__struct_fields__)
+    for hint in get_type_hints(kind).values():
+        for inner in _structs_in(hint):
+            names |= _all_fields(inner)
+    return frozenset(names)
+
+
+def _struct_at(kind: type[msgspec.Struct], path: str) -> type[msgspec.Struct]:
+    """The struct that stands at a path such as ``fortpoint.steer[0].when``."""
+    for name in filter(None, path.split(".")):
+        hint = get_type_hints(kind).get(name.partition("[")[0])
+        kind = next(_structs_in(hint), kind)
+    return kind
+
+
+def _structs_in(hint: Any) -> Iterator[type[msgspec.Struct]]:
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        yield hint
+    for inner in get_args(hint):
+        yield from _structs_in(inner)
 
 
 def refuse_unsupported(value: msgspec.Struct) -> None:
