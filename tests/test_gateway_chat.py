@@ -10,26 +10,9 @@ import httpx
 import msgspec
 import pytest
 
+from asking import CHAT, TEXT, chat, events, text
 from fakes import DIGEST, MODEL, Bench, in_process
 from fortpoint.types import Message, Role
-
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-
-
-def chat(content: object = "Name a bridge.", **more: object) -> dict[str, Any]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **more}
-
-
-def text(prompt: object = "The Golden", **more: object) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": prompt, **more}
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The chunks of a stream that ended as it should."""
-    *chunks, last = [line for line in response.text.split("\n\n") if line]
-    assert last == "data: [DONE]"
-    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
 
 
 def closed(chunks: list[dict[str, Any]]) -> list[int]:
