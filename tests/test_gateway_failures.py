@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import pytest
 
-from fakes import CUSTOMER, MODEL, Bench, Script, in_process, serving
+from fakes import CUSTOMER, MODEL, OPERATOR, TOO_LONG, Bench, Script, in_process, serving
 from fortpoint.config import Config
 from fortpoint.gateway.app import create_app
 
@@ -65,6 +65,56 @@ async def test_engine_that_is_down_gives_503_with_retry_after(
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
     assert [entry.code for entry in bench.audit.entries] == ["engine_unavailable"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [_CHAT, "/v1/completions", "/v1/embeddings", "/api/score"])
+async def test_engine_that_is_busy_gives_503_with_retry_after(
+    bench: Bench, path: str, stream: bool
+) -> None:
+    texts = {"prompt": "x", "input": "x", "messages": [{"role": "user", "content": "Hi"}]}
+    ask: dict[str, Any] = {"model": MODEL, **texts, "stream": stream}
+    if path == "/api/score":
+        ask = {"model": MODEL, "prompt": "x", "continuation": "y"}
+    async with in_process(bench, OPERATOR) as client:
+        await client.get("/v1/models")
+        bench.engine.busy = True
+        response = await client.post(path, json=ask)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_busy")
+    assert response.headers["retry-after"] == "1"
+    assert [entry.code for entry in bench.audit.entries] == [None, "engine_busy"]
+
+
+async def test_key_with_too_many_requests_gets_429_and_others_go_on(bench: Bench) -> None:
+    bench.config = _with_server(bench.config, max_concurrent_per_key=1)
+    bench.engine.script.token_s = 0.05
+    services = bench.services()
+    transport = httpx.ASGITransport(app=create_app(services))
+
+    async def ask(key: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            return await client.post(_CHAT, json=_ask(), headers={"authorization": f"Bearer {key}"})
+
+    answers = await asyncio.gather(ask(CUSTOMER), ask(CUSTOMER), ask(OPERATOR))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 429]
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert refused.headers["retry-after"] == "1"
+    assert services.places.taken == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_prompt_beyond_the_context_is_named(
+    bench: Bench, client: httpx.AsyncClient, stream: bool
+) -> None:
+    messages = [{"role": "user", "content": TOO_LONG}]
+    response = await client.post(_CHAT, json=_ask(messages=messages, stream=stream))
+
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages")
+    assert error["code"] == "context_length_exceeded"
+    assert [entry.code for entry in bench.audit.entries] == ["context_length_exceeded"]
 
 
 async def test_engine_that_dies_in_a_stream_ends_it_with_an_error_event(

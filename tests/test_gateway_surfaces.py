@@ -9,13 +9,27 @@ import re
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import httpx
 import pytest
 
-from fakes import DIGEST, MODEL, OPERATOR, Bench, in_process
+from asking import refused
+from fakes import (
+    ADAPTER,
+    DICTIONARY,
+    DIGEST,
+    DIRECTION,
+    MODEL,
+    OPERATOR,
+    TOO_LONG,
+    Bench,
+    in_process,
+)
+from fortpoint.engine.protocol import Embedded
 from fortpoint.errors import TooManyRequests
 from fortpoint.gateway.limits import Places
+from fortpoint.types import Usage
 
 
 async def test_models_lists_the_one_that_is_served(client: httpx.AsyncClient) -> None:
@@ -43,6 +57,57 @@ async def test_embeddings_base64_and_float_agree(bench: Bench, client: httpx.Asy
         plain["data"][1]["embedding"], abs=1e-6
     )
     assert [entry.surface for entry in bench.audit.entries] == ["/v1/embeddings"] * 2
+
+
+async def test_embeddings_of_the_models_own_width_are_given_and_of_another_refused(
+    bench: Bench, client: httpx.AsyncClient
+) -> None:
+    ask = {"model": MODEL, "input": "one"}
+    own = await client.post("/v1/embeddings", json={**ask, "dimensions": 32})
+    other = await client.post("/v1/embeddings", json={**ask, "dimensions": 16})
+
+    assert len(own.json()["data"][0]["embedding"]) == 32
+    error = refused(other, 400, "unsupported_parameter")
+    assert (error["param"], "32" in error["message"]) == ("dimensions", True)
+    assert [entry.status for entry in bench.audit.entries] == [200, 400]
+
+
+async def test_embeddings_of_a_text_beyond_the_context_name_the_input(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await client.post("/v1/embeddings", json={"model": MODEL, "input": TOO_LONG})
+
+    assert refused(response, 400, "context_length_exceeded")["param"] == "input"
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+@pytest.mark.parametrize(
+    "vectors", [(), ((1.0,), (1.0,)), ((float("nan"),),), ((float("inf"),),), ((1e300,),)]
+)
+async def test_embeddings_that_are_no_vectors_are_an_engine_error(
+    bench: Bench,
+    client: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+    vectors: tuple[tuple[float, ...], ...],
+    encoding: str,
+) -> None:
+    async def embed(_texts: Sequence[str]) -> Embedded:
+        return Embedded("e", Usage(1), vectors)
+
+    monkeypatch.setattr(bench.engine, "embed", embed)
+    ask = {"model": MODEL, "input": "one", "encoding_format": encoding}
+
+    refused(await client.post("/v1/embeddings", json=ask), 502, "engine_error")
+
+
+async def test_engine_state_shows_what_is_loaded(bench: Bench) -> None:
+    async with in_process(bench, OPERATOR) as operator:
+        shown = (await operator.get("/api/engine")).json()
+
+    assert shown["adapters"] == [ADAPTER]
+    assert shown["dictionaries"] == [{"name": DICTIONARY, "layer": 15, "n_features": 4608}]
+    assert shown["directions"] == [DIRECTION]
+    assert shown["upstreams"] == [{"server": "127.0.0.1:1", "breaker": "open", "failures": 3}]
 
 
 async def test_engine_state_is_for_operators_only(bench: Bench, client: httpx.AsyncClient) -> None:
@@ -120,7 +185,7 @@ def test_places_are_counted_for_each_key() -> None:
 def test_gateway_loads_no_model_library_and_stays_small() -> None:
     code = (
         "import json, psutil, sys, fortpoint.gateway.server, fortpoint.guard.guard;"
-        "heavy = {'torch', 'transformers', 'tokenizers', 'gguf'} & set(sys.modules);"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'gguf', 'llguidance'} & set(sys.modules);"
         "print(json.dumps([sorted(heavy), psutil.Process().memory_info().rss]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)

@@ -127,9 +127,13 @@ def _validation_error(message: str, kind: type[msgspec.Struct]) -> InvalidReques
 
 
 def _unknown_field(message: str, kind: type[msgspec.Struct]) -> InvalidRequest:
-    """Names the nearest field that is known there."""
-    said, _, path = message.removeprefix(_UNKNOWN).rpartition("` - at `$")
-    name, path = (said, path.rstrip("`").lstrip(".")) if path else (message, "")
+    """Names the nearest field that is known there. The unknown one may hold anything, also
+    what looks like a path."""
+    said = message.removeprefix(_UNKNOWN)
+    name, _, path = said.rpartition("` - at `$")
+    path = path.rstrip("`").lstrip(".")
+    if not name or not set(re.sub(r"\[\d+\]", "", path).split(".")) <= _all_fields(kind):
+        name, path = said, ""
     known = _struct_at(kind, path).__struct_fields__
     near = difflib.get_close_matches(name[:_SHOWN_NAME], known, n=1, cutoff=0.0)
     hint = f"did you mean {near[0]!r}?" if near else "it takes none"
