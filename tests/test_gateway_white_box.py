@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -349,18 +350,30 @@ def _features(indices: bytes, values: bytes, top: int = 1) -> FeatureReading:
         _features(bytes(4), bytes(4), top=-1),
     ],
 )
-def test_features_that_do_not_fit_their_token_are_an_engine_error(part: FeatureReading) -> None:
+async def test_features_that_do_not_fit_their_token_are_an_engine_error(
+    part: FeatureReading,
+) -> None:
     reading = Reading((), 1, b"", (), (part,))
 
     with pytest.raises(EngineError):
         of_token(Token("r", 0, "x", reading=reading))
     with pytest.raises(EngineError):
-        of_prompt(Reading((), 1, b"", (Segment(Role.USER, 0, 0, 1),), (part,)))
+        await of_prompt(Reading((), 1, b"", (Segment(Role.USER, 0, 0, 1),), (part,)))
 
 
-def test_features_without_a_segment_for_each_token_are_an_engine_error() -> None:
+async def test_features_of_a_long_prompt_are_those_of_a_short_one() -> None:
+    n = 5000
+    indices, values = struct.pack(f"<{n}i", *range(n)), struct.pack(f"<{n}f", *[0.123456] * n)
+    segments = (Segment(Role.TEMPLATE, -1, 0, 1), Segment(Role.USER, 0, 1, n))
+    tokens = await of_prompt(Reading((), n, b"", segments, (_features(indices, values),)))
+
+    assert [token.features[DICTIONARY] for token in tokens] == [[(i, 0.1235)] for i in range(n)]
+    assert (tokens[0].role, tokens[1].role, tokens[1].message) == ("template", "user", 0)
+
+
+async def test_features_without_a_segment_for_each_token_are_an_engine_error() -> None:
     with pytest.raises(EngineError):
-        of_prompt(Reading((), 1, b"", (), (_features(bytes(4), bytes(4)),)))
+        await of_prompt(Reading((), 1, b"", (), (_features(bytes(4), bytes(4)),)))
 
 
 async def test_document_describes_our_field(client: httpx.AsyncClient) -> None:

@@ -114,7 +114,7 @@ async def open_judged(exchange: Exchange, prompt: Prompt, wanted: Generate, numb
         await stream.proceed()
     if wanted.watch is None:
         return Opened(stream, [])
-    return Opened(stream, token_features.of_prompt(prefilled.reading))
+    return Opened(stream, await token_features.of_prompt(prefilled.reading))
 
 
 async def _prefilled(stream: Stream, request: Generate, param: str) -> Prefilled:

@@ -9,6 +9,7 @@ rounded to four decimals. Only the strongest that were asked for are here, and o
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Sequence
 from typing import Literal
@@ -22,6 +23,7 @@ from fortpoint.types import FeatureReading, Reading, Segment
 Active = list[tuple[int, float]]
 
 _DECIMALS = 4
+_IN_LINE_BYTES = 16 * 1024
 
 
 class TokenFeatures(msgspec.Struct, frozen=True):
@@ -70,10 +72,19 @@ def of_token(token: Token) -> TokenFeatures:
     return TokenFeatures(token.text if text is None else text, features)
 
 
-def of_prompt(reading: Reading | None) -> list[PromptTokenFeatures]:
-    """Every token of a prompt in order. Raises ``EngineError`` when something does not fit."""
+async def of_prompt(reading: Reading | None) -> list[PromptTokenFeatures]:
+    """Every token of a prompt in order. Raises ``EngineError`` when something does not fit.
+
+    Long ones are decoded in a thread, so that other requests' tokens keep flowing.
+    """
     if reading is None or not reading.features:
         return []
+    if sum(len(part.indices) for part in reading.features) <= _IN_LINE_BYTES:
+        return _prompt(reading)
+    return await asyncio.to_thread(_prompt, reading)
+
+
+def _prompt(reading: Reading) -> list[PromptTokenFeatures]:
     names = [part.dictionary for part in reading.features]
     authors = [segment for s in reading.segments for segment in _repeated(s)]
     columns = [_rows(part, reading.n_tokens) for part in reading.features]
@@ -101,14 +112,11 @@ def _rows(part: FeatureReading, n_tokens: int) -> list[Active]:
         values = struct.unpack(f"<{n}f", part.values)
     except struct.error:
         raise _unfit() from None
-    return [
-        [
-            (indices[at], round(values[at], _DECIMALS))
-            for at in range(row * top, row * top + top)
-            if indices[at] >= 0
-        ]
-        for row in range(n_tokens)
-    ]
+    pairs = list(zip(indices, [round(value, _DECIMALS) for value in values], strict=True))
+    rows = [pairs[row * top : row * top + top] for row in range(n_tokens)]
+    if min(indices, default=0) >= 0:
+        return rows
+    return [[pair for pair in row if pair[0] >= 0] for row in rows]
 
 
 def _unfit() -> EngineError:
