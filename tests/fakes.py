@@ -214,6 +214,8 @@ class FakeEngine:
 
     async def score(self, request: ScoreText) -> Scored:
         self._check_up()
+        if request.prompt == TOO_LONG:
+            raise ContextLengthExceeded("this model's context holds 4096 tokens")
         self.scored.append(request)
         tokens = tuple(request.continuation.split())
         return Scored(request.id, Usage(4), tokens, (-1.25,) * len(tokens))

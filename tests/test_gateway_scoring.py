@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from asking import refused
-from fakes import ADAPTER, ATTACK, DIRECTION, MODEL, OPERATOR, Bench, in_process
+from fakes import ADAPTER, ATTACK, DIRECTION, MODEL, OPERATOR, TOO_LONG, Bench, in_process
 from fortpoint.engine.protocol import Scored, ScoreText, Steer
 from fortpoint.types import Message, Role, Usage
 
@@ -112,6 +112,13 @@ async def test_score_of_too_long_a_text_is_refused_before_the_engine(
 
     refused(await operator.post(_PATH, json=ask), 400, "context_length_exceeded")
     assert bench.engine.scored == []
+
+
+async def test_score_beyond_the_context_names_a_field(operator: httpx.AsyncClient) -> None:
+    ask = {"model": MODEL, "prompt": TOO_LONG, "continuation": "y"}
+    error = refused(await operator.post(_PATH, json=ask), 400, "context_length_exceeded")
+
+    assert error["param"] == "continuation"
 
 
 @pytest.mark.parametrize("logprobs", [(-1.0,), (-1.0, float("nan")), (-1.0, float("-inf"))])

@@ -97,6 +97,22 @@ async def test_watch_of_two_prompts_gives_the_features_of_each(
         assert [len(prompt) for prompt in note["prompt_features"]] == [5, 6]
 
 
+async def test_watch_of_more_than_we_can_hold_is_refused(
+    bench: Bench, operator: httpx.AsyncClient
+) -> None:
+    watch = {"dictionaries": [DICTIONARY], "top": 256}
+    long_answer = chat(n=8, max_tokens=1000, fortpoint={"watch": watch})
+    long_prompt = chat("x " * 1100, max_tokens=5, fortpoint={"watch": watch})
+
+    for ask in (long_answer, long_prompt, {**long_prompt, "stream": True}):
+        error = refused(await operator.post(CHAT, json=ask), 400, "invalid_request")
+        assert error["param"] == "fortpoint.watch.top"
+    assert bench.engine.n_tokens == 0
+    assert set(bench.engine.cancelled) == {request.id for request in bench.engine.requests}
+    streamed = await operator.post(CHAT, json={**long_answer, "stream": True})
+    assert streamed.status_code == 200
+
+
 async def test_answer_that_nobody_watches_has_no_field_for_it(client: httpx.AsyncClient) -> None:
     answer = (await client.post(CHAT, json=chat())).json()
     chunks = events(await client.post(CHAT, json=chat(stream=True)))

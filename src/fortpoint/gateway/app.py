@@ -106,6 +106,8 @@ async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> AS
         usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
         return EventStream(exchange, form, await opens[0](), opens[1:], wanted, usage)
     # 4. The engine decodes.
+    longest = min(sampling.max_tokens, exchange.model.max_context)
+    white_box.check_volume(wanted.watch, longest * sampling.n * len(prompts))
     answers = await _gather([_answer(exchange, one, wanted) for one in opens])
     choices = [choice for answer in answers for choice in answer.choices]
     # 5. Audit: the entry is on disk before a byte of the answer leaves.
@@ -215,7 +217,7 @@ async def score(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange.model = await services.catalogue.require(ask.model)
     white_box.check_names(ask.inside, exchange.model, under="")
     asked = scoring.request_of(ask, exchange.request_id, principal.key_id)
-    scored = scoring.checked(await services.engine.score(asked))
+    scored = await scoring.scored(services.engine, asked)
     exchange.count(prompt=scored.usage.prompt, completion=scored.usage.completion)
     exchange.answers([scored.tokens, scored.logprobs])
     await exchange.record(record.answered(exchange))

@@ -15,7 +15,7 @@ import msgspec
 from fortpoint.engine.client import Stream
 from fortpoint.engine.protocol import Done, Finished, Generate, Prefilled, Token
 from fortpoint.errors import ContextLengthExceeded, EngineError, InvalidRequest
-from fortpoint.gateway import judgement, response_format, token_features
+from fortpoint.gateway import judgement, response_format, token_features, white_box
 from fortpoint.gateway.exchange import Exchange
 from fortpoint.gateway.token_features import PromptTokenFeatures
 from fortpoint.types import Message
@@ -109,6 +109,7 @@ async def open_judged(exchange: Exchange, prompt: Prompt, wanted: Generate, numb
     exchange.resources.push_async_callback(stream.aclose)
     prefilled = await _prefilled(stream, request, prompt.param)
     exchange.count(prompt=prefilled.n_prompt_tokens)
+    white_box.check_volume(wanted.watch, exchange.usage.prompt)
     if held:
         await judgement.decide(exchange, prompt.messages, prefilled.reading, prompt.param)
         await stream.proceed()

@@ -17,8 +17,9 @@ import msgspec
 from msgspec import Meta
 
 from fortpoint.config import Config
+from fortpoint.engine.client import Engine
 from fortpoint.engine.protocol import Scored, ScoreText
-from fortpoint.errors import EngineError, InvalidRequest
+from fortpoint.errors import ContextLengthExceeded, EngineError, InvalidRequest
 from fortpoint.gateway import limits, white_box, wire
 from fortpoint.gateway.chat import Turn, conversation
 from fortpoint.gateway.white_box import Name, Steers, WhiteBox
@@ -82,11 +83,19 @@ def request_of(ask: ScoreRequest, request_id: str, tenant: str) -> ScoreText:
     )
 
 
-def checked(scored: Scored) -> Scored:
-    """The same. Raises ``EngineError`` unless every token has a finite log-probability."""
-    if len(scored.tokens) != len(scored.logprobs) or not all(map(math.isfinite, scored.logprobs)):
+async def scored(engine: Engine, request: ScoreText) -> Scored:
+    """What the engine says, with a finite log-probability for every token.
+
+    Raises ``EngineError`` otherwise. What the engine finds too long gets its field's name.
+    """
+    try:
+        found = await engine.score(request)
+    except ContextLengthExceeded as error:
+        error.param = error.param or "continuation"
+        raise
+    if len(found.tokens) != len(found.logprobs) or not all(map(math.isfinite, found.logprobs)):
         raise EngineError("the engine sent scores that do not fit their tokens")
-    return scored
+    return found
 
 
 def written(scored: Scored, model: str, note: wire.Note) -> Score:

@@ -25,6 +25,7 @@ from fortpoint.errors import Forbidden, InvalidRequest
 from fortpoint.gateway import limits
 
 MAX_FEATURES_PER_TOKEN = 256
+MAX_FEATURES = 256 * 1024  # that one request may have us hold, some 30 MB
 _MAX_INDEX_DIGITS = 9
 
 Name = Annotated[
@@ -135,6 +136,16 @@ def check_names(asked: WhiteBox, description: Description, under: str = "fortpoi
             raise _unknown("dictionary", dictionaries, name, param)
     for param, target in _targets(asked):
         _check_target(target, dictionaries, description.directions, under + param)
+
+
+def check_volume(watch: Watch | None, n_tokens: int) -> None:
+    """Raise ``InvalidRequest`` when the features of so many tokens are too many to hold."""
+    if watch is not None and n_tokens * watch.top * len(watch.dictionaries) > MAX_FEATURES:
+        raise InvalidRequest(
+            f"these are more than {MAX_FEATURES} features in all; watch fewer, ask for fewer "
+            "tokens or for a stream",
+            param="fortpoint.watch.top",
+        )
 
 
 def wanted(asked: WhiteBox, request: Generate) -> Generate:
