@@ -1,4 +1,4 @@
-"""Starts the engine and the gateway, restarts what dies, stops both cleanly.
+"""Starts the engine (where one is needed) and the gateway, restarts what dies, stops cleanly.
 
 It answers no request and reads no weights. A child that exits with code 2 says that a new
 start would fail in the same way: then everything stops. Otherwise it is started again, after
@@ -8,12 +8,13 @@ a pause that doubles while it keeps dying.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,8 @@ import msgspec
 from fortpoint.config import Config
 from fortpoint.engine.client import EngineClient
 from fortpoint.engine.protocol import Description
+from fortpoint.engine.upstream.observer import is_upstream
+from fortpoint.engine.upstream.target import key_variables
 from fortpoint.engine.worker import EngineSpec
 from fortpoint.errors import ConfigError, EngineUnavailable
 from fortpoint.home import Home
@@ -33,7 +36,8 @@ _LONGEST_PAUSE_S = 30.0
 _STEADY_S = 60.0  # a child that lived this long starts again without a longer pause
 _HOPELESS = 2
 
-# What children get of our environment: nothing that may hold a secret.
+# What children get of our environment: nothing that may hold a secret, but for the gateway the
+# variables that ``upstream.api_keys`` names.
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "PYTHONWARNINGS")
 
 # Memory of finished requests goes back to the system; sequences come and go.
@@ -45,6 +49,9 @@ _ENGINE_MALLOC = {
 
 # Small vectors only: a second BLAS thread would cost memory and buy nothing.
 _GATEWAY_ENV = {"OPENBLAS_NUM_THREADS": "1"}
+
+# Where the certificates lie that upstreams are verified with.
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class Child:
@@ -132,52 +139,75 @@ def gateway_child(config: Config, home: Home, listener: socket.socket) -> Child:
         *("--socket-fd", str(listener.fileno()), "--engine-socket", str(home.engine_socket)),
         *("--parent-pid", str(os.getpid()), "--config", msgspec.json.encode(config).decode()),
     )
-    return Child("gateway", command, _environment() | _GATEWAY_ENV, [listener.fileno()])
+    environment = _environment() | _GATEWAY_ENV
+    if is_upstream(config):
+        environment |= _environment((*_CERTIFICATES, *key_variables(config.upstream)))
+    return Child("gateway", command, environment, [listener.fileno()])
 
 
 async def run(
-    engine: Child,
+    engine: Child | None,
     gateway: Child,
-    home: Home,
-    on_ready: Callable[[Description], None],
+    announcement: Coroutine[object, object, None],
     say: Callable[[str], None],
 ) -> int:
-    """Until SIGINT or SIGTERM (returns 0), or until a child cannot run (returns 1)."""
+    """Until SIGINT or SIGTERM (returns 0), or until a child cannot run (returns 1).
+
+    ``announcement`` runs beside the children, from their start.
+    """
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    children = [asyncio.create_task(child.keep_running(say)) for child in (engine, gateway)]
-    ready = asyncio.create_task(_announce(home, on_ready, say))
+    # The gateway stops first, so that running requests end and are recorded.
+    children = [gateway] if engine is None else [gateway, engine]
+    running = [asyncio.create_task(child.keep_running(say)) for child in children]
+    ready = asyncio.create_task(announcement)
     stopped = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait([*children, stopped], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([*running, stopped], return_when=asyncio.FIRST_COMPLETED)
     finally:
         ready.cancel()
         if stop.is_set():
             say("stopping")
-        await gateway.stop()  # first, so that running requests end and are recorded
-        await engine.stop()
-        await asyncio.gather(*children, return_exceptions=True)
+        for child in children:
+            await child.stop()
+        await asyncio.gather(*running, return_exceptions=True)
         stopped.cancel()
     return 0 if stop.is_set() else 1
 
 
-async def _announce(
-    home: Home, on_ready: Callable[[Description], None], say: Callable[[str], None]
+async def announce(
+    engine_socket: Path | None,
+    gateway: tuple[str, int],
+    on_ready: Callable[[Description | None], None],
+    say: Callable[[str], None],
 ) -> None:
-    client = EngineClient(home.engine_socket)
+    """Call ``on_ready`` once the gateway answers and, if one runs, the engine describes itself."""
+    client = None if engine_socket is None else EngineClient(engine_socket)
     try:
         async with asyncio.timeout(_START_TIMEOUT_S):
             while True:
-                try:
-                    on_ready(await client.describe())
-                    return
-                except EngineUnavailable:
-                    await asyncio.sleep(0.05)
+                with contextlib.suppress(EngineUnavailable, OSError):
+                    engine = None if client is None else await client.describe()
+                    if await _answers(*gateway):
+                        on_ready(engine)
+                        return
+                await asyncio.sleep(0.05)
     except TimeoutError:
-        say(f"the engine is not ready after {_START_TIMEOUT_S:.0f} s; see its messages above")
+        say(f"nothing is ready after {_START_TIMEOUT_S:.0f} s; see the messages above")
     finally:
-        await client.close()
+        if client is not None:
+            await client.close()
+
+
+async def _answers(host: str, port: int) -> bool:
+    """Whether the gateway says that it is live."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        return b" 200 " in await reader.readline()
+    finally:
+        writer.close()
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -185,8 +215,8 @@ def _module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", name, *arguments]
 
 
-def _environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+def _environment(names: Iterable[str] = _PASSED_ON) -> dict[str, str]:
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _cause(code: int) -> str:

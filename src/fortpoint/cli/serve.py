@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +18,9 @@ from fortpoint.access.keys import NewKey
 from fortpoint.cli.progress import Progress
 from fortpoint.config import Config
 from fortpoint.engine.protocol import Description
+from fortpoint.engine.upstream.observer import is_upstream, runs_a_model
+from fortpoint.engine.upstream.target import Target, load_targets
+from fortpoint.errors import ConfigError
 from fortpoint.home import Home
 
 _FIRST_USER = "first-customer"
@@ -33,7 +38,11 @@ def serve(
         typer.Option("--set", help="One setting, as section.key=value.", show_default=False),
     ] = None,
 ) -> None:
-    """Start the engine and the gateway; fetch the model and make a first key if need be."""
+    """Start the engine and the gateway; fetch the model and make a first key if need be.
+
+    With engine.kind=upstream other servers answer, and a model of our own only reads along for
+    the guard's probes; without probes there is none.
+    """
     flags = list(settings or ())
     if port is not None:
         flags.append(f"server.port={port}")
@@ -46,30 +55,42 @@ def serve(
 
 def _serve(config: Config, home: Home) -> int:
     from fortpoint import supervisor
+
+    started = time.monotonic()
+    # What is wrong with the upstreams is said here, before anything runs.
+    targets = load_targets(config.upstream) if is_upstream(config) else ()
+    listener = supervisor.listen(config.server.host, config.server.port)
+    if runs_a_model(config):
+        _fetch(config.engine.model, home)
+    first_key = asyncio.run(_first_key(home))
+    host, port = listener.getsockname()[:2]
+    address = f"http://{config.server.host}:{port}"
+
+    def on_ready(engine: Description | None) -> None:
+        say(f"ready in {time.monotonic() - started:.1f} s")
+        print(banner(address, what_runs(config, targets, engine), first_key), flush=True)
+
+    async def run() -> int:
+        has_engine = runs_a_model(config)
+        return await supervisor.run(
+            supervisor.engine_child(config, home, probes(config)) if has_engine else None,
+            supervisor.gateway_child(config, home, listener),
+            supervisor.announce(
+                home.engine_socket if has_engine else None, (host, port), on_ready, say
+            ),
+            say,
+        )
+
+    return asyncio.run(run())
+
+
+def _fetch(model: str, home: Home) -> None:
     from fortpoint.vault.model_folder import MANIFEST, model_path
     from fortpoint.vault.pull import pull
 
-    started = time.monotonic()
-    listener = supervisor.listen(config.server.host, config.server.port)
-    if not (model_path(home.path, config.engine.model) / MANIFEST).is_file():
+    if not (model_path(home.path, model) / MANIFEST).is_file():
         with Progress() as progress:
-            pull(config.engine.model, home.path, progress.update)
-    first_key = asyncio.run(_first_key(home))
-    address = f"http://{config.server.host}:{listener.getsockname()[1]}"
-
-    def on_ready(engine: Description) -> None:
-        say(f"ready in {time.monotonic() - started:.1f} s")
-        print(banner(address, engine, first_key), flush=True)
-
-    return asyncio.run(
-        supervisor.run(
-            supervisor.engine_child(config, home, probes(config)),
-            supervisor.gateway_child(config, home, listener),
-            home,
-            on_ready,
-            say,
-        )
-    )
+            pull(model, home.path, progress.update)
 
 
 def probes(config: Config) -> Path | None:
@@ -94,13 +115,37 @@ async def _first_key(home: Home) -> NewKey | None:
     return await create_recorded(home.state, _FIRST_USER, "customer", None) if empty else None
 
 
-def banner(address: str, engine: Description, first_key: NewKey | None) -> str:
+@dataclass(frozen=True)
+class Running:
+    """What the banner says of it: the model's name, its precision if known, who answers."""
+
+    model: str
+    precision: str | None
+    about: tuple[str, ...]
+
+
+def what_runs(config: Config, targets: Sequence[Target], engine: Description | None) -> Running:
+    """``engine`` is the process of our own, which upstreams need only as an observer."""
+    own = "none; the guard reads no probes"
+    if engine is not None:
+        protected = [name.replace("_", " ") for name, on in engine.protections.items() if on]
+        own = f"process {engine.pid}; {', '.join(protected) or 'no protections'}"
+    if targets:
+        servers = ", then ".join(target.name for target in targets)
+        about = (f"upstream: {servers}", f"observer: {own}")
+        return Running(config.upstream.model, None, about)
+    if engine is None:
+        raise ConfigError("without upstreams an engine of our own must run")
+    return Running(engine.model, engine.dtype, (f"engine: {own}",))
+
+
+def banner(address: str, running: Running, first_key: NewKey | None) -> str:
     """What to know and what to paste, once it runs."""
-    protected = [name.replace("_", " ") for name, on in engine.protections.items() if on]
+    precision = f" ({running.precision})" if running.precision else ""
     lines = [
         "",
-        f"  Fort Point serves {engine.model} ({engine.dtype}) at {address}",
-        f"  engine: process {engine.pid}; {', '.join(protected) or 'no protections'}",
+        f"  Fort Point serves {running.model}{precision} at {address}",
+        *(f"  {line}" for line in running.about),
         "",
     ]
     if first_key is not None:
@@ -121,7 +166,7 @@ def banner(address: str, engine: Description, first_key: NewKey | None) -> str:
             "  Try it:",
             f"    curl {address}/v1/chat/completions \\",
             f"      -H 'Authorization: Bearer {token}' -H 'Content-Type: application/json' \\",
-            f'      -d \'{{"model": "{engine.model}", "messages": '
+            f'      -d \'{{"model": "{running.model}", "messages": '
             '[{"role": "user", "content": "What is the Golden Gate?"}]}\'',
             "",
             "  Then: fortpoint audit verify    Stop with Ctrl-C.",

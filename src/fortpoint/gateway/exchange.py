@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+import msgspec
 from litestar.types import Scope
 
 from fortpoint.access.keys import Principal
 from fortpoint.audit.entry import Entry
 from fortpoint.audit.log import Receipt
-from fortpoint.engine.protocol import Description
+from fortpoint.engine.protocol import Description, Done, Prefilled
 from fortpoint.errors import FortPointError
 from fortpoint.gateway import wire
 from fortpoint.gateway.services import Services
@@ -54,6 +55,7 @@ class Exchange:
         self.resources = AsyncExitStack()
         self._recording: asyncio.Task[Receipt] | None = None
         self._first_token_seen = False
+        self._prompts: dict[str, int] = {}
 
     @classmethod
     def of(cls, scope: Scope) -> Exchange:
@@ -81,10 +83,25 @@ class Exchange:
 
     def count(self, prompt: int = 0, completion: int = 0) -> None:
         """Add tokens, as they are computed."""
-        self.usage = Usage(self.usage.prompt + prompt, self.usage.completion + completion)
+        known = self.usage
+        self.usage = Usage(known.prompt + prompt, known.completion + completion, known.estimated)
         if completion and not self._first_token_seen:
             self._first_token_seen = True
             self.services.meter.first_token(time.monotonic() - self.started)
+
+    def prefilled(self, event: Prefilled) -> None:
+        """Add a prompt's tokens, until ``done`` knows better."""
+        self._prompts[event.id] = event.n_prompt_tokens
+        self.count(prompt=event.n_prompt_tokens)
+
+    def done(self, event: Done, n_tokens: int) -> None:
+        """Put the engine's own count in the place of what was counted on the way: an upstream
+        has another tokenizer, and may send several tokens at once."""
+        usage = event.usage
+        prompt = self._prompts.pop(event.id, usage.prompt)
+        self.count(usage.prompt - prompt, usage.completion - n_tokens)
+        if usage.estimated is True:
+            self.usage = msgspec.structs.replace(self.usage, estimated=True)
 
     def usage_counts(self) -> wire.UsageCounts:
         prompt, completion = self.usage.prompt, self.usage.completion

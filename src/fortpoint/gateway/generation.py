@@ -108,7 +108,7 @@ async def open_judged(exchange: Exchange, prompt: Prompt, wanted: Generate, numb
     stream = await services.engine.generate(request)
     exchange.resources.push_async_callback(stream.aclose)
     prefilled = await _prefilled(stream, request, prompt.param)
-    exchange.count(prompt=prefilled.n_prompt_tokens)
+    exchange.prefilled(prefilled)
     white_box.check_volume(wanted.watch, exchange.usage.prompt)
     if held:
         await judgement.decide(exchange, prompt.messages, prefilled.reading, prompt.param)
@@ -149,8 +149,10 @@ async def prejudge(exchange: Exchange, prompt: Prompt) -> None:
 
 async def decode(exchange: Exchange, stream: Stream) -> AsyncIterator[Token | Finished]:
     """The tokens of an open stream, counted. Raises an ``EngineError`` if it ends early."""
+    n_tokens = 0
     async for event in stream:
         if isinstance(event, Token):
+            n_tokens += 1
             exchange.count(completion=1)
             yield event
         elif isinstance(event, Finished):
@@ -159,6 +161,7 @@ async def decode(exchange: Exchange, stream: Stream) -> AsyncIterator[Token | Fi
             exchange.finish_reasons += (event.reason,)
             yield event
         elif isinstance(event, Done):
+            exchange.done(event, n_tokens)
             return
         else:
             raise EngineError("the engine answered out of turn")

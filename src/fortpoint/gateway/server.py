@@ -24,7 +24,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -35,7 +35,9 @@ from fortpoint import hardening
 from fortpoint.access.keys import KeyRing
 from fortpoint.audit.log import AuditLog
 from fortpoint.config import Config
-from fortpoint.engine.client import EngineClient
+from fortpoint.engine.client import Engine, EngineClient
+from fortpoint.engine.upstream.observer import is_upstream, reads_along
+from fortpoint.engine.upstream.target import Target, load_targets
 from fortpoint.errors import ConfigError, FortPointError, SandboxError, VerificationError
 from fortpoint.gateway.app import create_app
 from fortpoint.gateway.services import Services
@@ -46,29 +48,34 @@ _LAST_WORDS_S = 1.0
 _KEEP_ALIVE_S = 30
 _BACKLOG = 1024
 _HOPELESS = 2
+_DNS_PORT = 53
 
 # The listening socket is an internet socket, so ``no_network`` cannot hold here.
-_REQUIRED = sorted({*hardening.REQUIRED, "no_outbound"} - {"no_network"})
+_REQUIRED = {*hardening.REQUIRED, "no_outbound"} - {"no_network"}
 
 
 def run(config: Config, socket_fd: int, engine_socket: Path, parent_pid: int | None = None) -> None:
     """Serve on the inherited socket until SIGTERM or SIGINT; then at most five seconds more.
 
-    With ``parent_pid`` the process is confined, for good, and dies with that parent.
+    With ``parent_pid`` the process is confined, for good, and dies with that parent. Upstreams'
+    keys are read before that, for the files that may hold them are out of reach after it.
     """
+    targets = load_targets(config.upstream) if is_upstream(config) else ()
     if parent_pid is not None:
-        _confine(config, parent_pid)
+        _confine(config, parent_pid, targets)
     with (
         socket.socket(fileno=socket_fd) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         listener.setblocking(False)
-        runner.run(serve(config, listener, engine_socket))
+        runner.run(serve(config, listener, engine_socket, targets))
 
 
-async def serve(config: Config, listener: socket.socket, engine_socket: Path) -> None:
+async def serve(
+    config: Config, listener: socket.socket, engine_socket: Path, targets: Sequence[Target] = ()
+) -> None:
     """The same on a socket at hand, inside a running loop."""
-    async with real_services(config, engine_socket) as services:
+    async with real_services(config, engine_socket, targets) as services:
         server = _Server(
             uvicorn.Config(
                 create_app(services),
@@ -110,7 +117,9 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def real_services(config: Config, engine_socket: Path) -> AsyncIterator[Services]:
+async def real_services(
+    config: Config, engine_socket: Path, targets: Sequence[Target] = ()
+) -> AsyncIterator[Services]:
     """Everything behind the gateway, closed in reverse order: engine, log, database."""
     # Loading numpy starts threads, and confining files must come before the first of them.
     from fortpoint.guard.guard import Guard
@@ -121,22 +130,47 @@ async def real_services(config: Config, engine_socket: Path) -> AsyncIterator[Se
         await database.migrate()
         audit = await AuditLog.open(database, config.state_path)
         stack.push_async_callback(audit.close)
-        engine = EngineClient(engine_socket)
+        engine = _engine(config, engine_socket, targets)
         stack.push_async_callback(engine.close)
         guard = Guard.load(config.guard) if config.guard.enabled else None
         yield Services(config, engine, guard, KeyRing(database), audit)
 
 
-def _confine(config: Config, parent_pid: int) -> None:
-    """Keep only the state folder: neither the weights nor anything else of the home."""
+def _engine(config: Config, engine_socket: Path, targets: Sequence[Target]) -> Engine:
+    """The embedded one's client, or the upstreams with (for probes) that one as observer."""
+    if not is_upstream(config):
+        return EngineClient(engine_socket)
+    from fortpoint.engine.upstream.engine import UpstreamEngine
+
+    observer = EngineClient(engine_socket) if reads_along(config) else None
+    return UpstreamEngine(config.upstream, targets, observer, hardening.protections())
+
+
+def _confine(config: Config, parent_pid: int, targets: Sequence[Target]) -> None:
+    """Keep only the state folder: neither the weights nor anything else of the home.
+
+    With upstreams also what names and certificates need, and TCP to the upstreams' ports.
+    """
     config.state_path.mkdir(mode=0o700, parents=True, exist_ok=True)
     hardening.harden_process(parent_pid=parent_pid)
     hardening.confine_files(
-        read=[*hardening.python_paths(), *hardening.runtime_paths()], write=[config.state_path]
+        read=[
+            *hardening.python_paths(),
+            *hardening.runtime_paths(),
+            *(hardening.outbound_paths() if targets else ()),
+        ],
+        write=[config.state_path],
+        connect=_ports(targets),
     )
-    hardening.forbid_syscalls(hardening.GATEWAY)
+    hardening.forbid_syscalls(hardening.GATEWAY_OUTBOUND if targets else hardening.GATEWAY)
     if config.engine.sandbox == "require":
-        hardening.require_protections(_REQUIRED)
+        hardening.require_protections(sorted(_REQUIRED - ({"no_outbound"} if targets else set())))
+
+
+def _ports(targets: Sequence[Target]) -> list[int]:
+    """The upstreams', and the one where long answers about names come from."""
+    names = {_DNS_PORT} if any(not target.is_address for target in targets) else set()
+    return sorted({target.port for target in targets} | names)
 
 
 def _config_of(text: str) -> Config:

@@ -17,7 +17,7 @@ can read any process. ``docs/adr/0002-process-sandbox.md`` has the list and the 
 """
 
 from fortpoint.hardening.landlock import confine_files, landlock_abi
-from fortpoint.hardening.paths import python_paths, runtime_paths
+from fortpoint.hardening.paths import outbound_paths, python_paths, runtime_paths
 from fortpoint.hardening.process import harden_process
 from fortpoint.hardening.profiles import ENGINE, GATEWAY, GATEWAY_OUTBOUND, Profile
 from fortpoint.hardening.protections import REQUIRED, protections, require_protections
@@ -33,6 +33,7 @@ __all__ = [
     "forbid_syscalls",
     "harden_process",
     "landlock_abi",
+    "outbound_paths",
     "protections",
     "python_paths",
     "require_protections",

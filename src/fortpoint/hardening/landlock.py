@@ -27,6 +27,8 @@ _ADD_RULE = 445
 _RESTRICT_SELF = 446
 _QUERY_VERSION = 1
 _RULE_PATH_BENEATH = 1
+_RULE_NET_PORT = 2
+_CONNECT_TCP = 0b10
 
 
 class Access(IntFlag):
@@ -78,6 +80,10 @@ class _PathBeneathAttr(ctypes.Structure):
     _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
+class _NetPortAttr(ctypes.Structure):
+    _fields_ = (("allowed_access", ctypes.c_uint64), ("port", ctypes.c_uint64))
+
+
 def landlock_abi() -> int:
     """The kernel's Landlock version; 0 where there is none or it is switched off."""
     if not kernel.LINUX:
@@ -86,16 +92,22 @@ def landlock_abi() -> int:
 
 
 def confine_files(
-    read: Sequence[Path], write: Sequence[Path] = (), *, tcp: bool = False, signals: bool = False
+    read: Sequence[Path],
+    write: Sequence[Path] = (),
+    *,
+    tcp: bool = False,
+    connect: Sequence[int] = (),
+    signals: bool = False,
 ) -> bool:
     """From now on only ``read`` can be read and only ``write`` changed, with all beneath them.
 
     A path may be a folder or a file; one that does not exist is left out (it stays closed,
     also when it is made later). ``write`` allows reading, making and removing regular files
     and folders, never sockets, links or devices; nothing may be executed. ``tcp`` leaves TCP
-    as it is, ``signals`` leaves signals to outside processes as they are. Returns False where
-    the kernel has no Landlock. Raises ``SandboxError`` when more than one thread exists or the
-    kernel refuses a rule. Called again, it narrows further and never widens.
+    as it is, ``connect`` leaves connections to these TCP ports, ``signals`` leaves signals to
+    outside processes. Returns False where the kernel has no Landlock. Raises ``SandboxError``
+    when more than one thread exists or the kernel refuses a rule. Called again, it narrows
+    further and never widens.
     """
     abi = landlock_abi()
     if abi == 0:
@@ -106,6 +118,8 @@ def confine_files(
     try:
         _allow(ruleset, read, _READ & handled)
         _allow(ruleset, write, _WRITE & handled)
+        if abi >= 4 and not tcp:
+            _allow_ports(ruleset, connect)
         kernel.checked(kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1), "no_new_privs")
         kernel.checked(kernel.syscall(_RESTRICT_SELF, ruleset, 0), "confining files")
     finally:
@@ -150,6 +164,13 @@ def _allow(ruleset: int, paths: Iterable[Path], access: Access) -> None:
             _allow_descriptor(ruleset, descriptor, access, path)
         finally:
             os.close(descriptor)
+
+
+def _allow_ports(ruleset: int, ports: Iterable[int]) -> None:
+    for port in ports:
+        rule = _NetPortAttr(allowed_access=_CONNECT_TCP, port=port)
+        result = kernel.syscall(_ADD_RULE, ruleset, _RULE_NET_PORT, ctypes.byref(rule), 0)
+        kernel.checked(result, f"allowing port {port}")
 
 
 def _allow_descriptor(ruleset: int, descriptor: int, access: Access, path: Path) -> None:

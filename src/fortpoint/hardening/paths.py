@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import site
+import ssl
 import sys
 import sysconfig
 from pathlib import Path
@@ -32,6 +33,24 @@ _RUNTIME = (
     "/etc/localtime",
     "/usr/share/zoneinfo",
     "/usr/share/locale",
+)
+# What glibc reads to look a name up, and where distributions keep the authorities' certificates
+# (the hashed names in one are links into another). Never all of /etc/ssl: it holds private keys.
+_OUTBOUND = (
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/nsswitch.conf",
+    "/etc/host.conf",
+    "/etc/gai.conf",
+    "/etc/services",
+    "/run/systemd/resolve",
+    "/etc/ssl/certs",
+    "/etc/ssl/cert.pem",
+    "/etc/ssl/openssl.cnf",
+    "/etc/pki/tls/certs",
+    "/etc/pki/ca-trust/extracted",
+    "/usr/share/ca-certificates",
+    "/usr/local/share/ca-certificates",
 )
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -60,6 +79,13 @@ def runtime_paths() -> tuple[Path, ...]:
     ``/proc/self`` is this very process: call it after ``fork``, not before.
     """
     return _existing(_RUNTIME)
+
+
+def outbound_paths() -> tuple[Path, ...]:
+    """What looking names up and verifying certificates reads; ``SSL_CERT_FILE`` is honoured."""
+    found = ssl.get_default_verify_paths()
+    certificates = [path for path in (found.cafile, found.capath) if path]
+    return _existing([*_OUTBOUND, *certificates])
 
 
 def _beneath_prefix(path: Path) -> bool:

@@ -51,8 +51,9 @@ class Breaker:
         return True
 
     def began(self) -> None:
-        """An answer has begun: the server is there."""
-        self._open_until, self._probing = None, False
+        """An answer has begun: the server is there. A pause that others earned it stays."""
+        if self.state != "open":
+            self._open_until, self._probing = None, False
 
     def succeeded(self) -> None:
         """An answer came whole."""

@@ -19,7 +19,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -34,8 +35,8 @@ from fortpoint.engine.protocol import (
     Generate,
     Prefilled,
     Scanned,
-    ScoreText,
     Scored,
+    ScoreText,
     Token,
 )
 from fortpoint.engine.upstream import embeddings, wire
@@ -57,11 +58,11 @@ class UpstreamEngine:
         config: Upstream,
         targets: Sequence[Target],
         observer: Engine | None = None,
-        protections: Callable[[], Mapping[str, bool]] = dict,
+        protections: Mapping[str, bool] | None = None,
     ) -> None:
         self._config = config
         self._observer = observer
-        self._protections = protections
+        self._protections = dict(protections or {})
         self._http = Http(config, tls=any(target.tls for target in targets))
         self._failover = Failover(config, targets)
         self._running = 0
@@ -82,7 +83,10 @@ class UpstreamEngine:
         self._take_place()
         try:
             body = embeddings.ask(texts, self._config)
-            return await self._failover.first(lambda server: self._embed(server, body, texts))
+            limit = asyncio.get_running_loop().time() + self._config.total_timeout_s
+            return await self._failover.first(
+                lambda server: self._embed(server, body, texts, limit), limit
+            )
         finally:
             self._running -= 1
 
@@ -106,7 +110,7 @@ class UpstreamEngine:
             pid=os.getpid(),
             running=self._running,
             waiting=waiting,
-            protections=dict(self._protections()),
+            protections=self._protections,
             upstreams=tuple(server.state() for server in self._failover.servers),
         )
 
@@ -115,7 +119,7 @@ class UpstreamEngine:
         if self._observer is not None:
             await self._observer.close()
 
-    async def _events(self, request: Generate, go: asyncio.Event) -> AsyncIterator[Event]:
+    async def _events(self, request: Generate, go: asyncio.Event) -> AsyncGenerator[Event, None]:
         prefilled = await self._read(request)
         yield prefilled
         await go.wait()
@@ -124,8 +128,9 @@ class UpstreamEngine:
             limit = asyncio.get_running_loop().time() + self._config.total_timeout_s
             answer = await self._begin(request, limit)
             try:
-                async for event in self._rest(answer, limit):
-                    yield event
+                async with aclosing(self._rest(answer, limit)) as rest:
+                    async for event in rest:
+                        yield event
                 yield Done(request.id, answer.decoder.usage(prefilled.n_prompt_tokens))
             finally:
                 answer.reply.close()
@@ -146,20 +151,20 @@ class UpstreamEngine:
         body, path = wire.ask(request, self._config), wire.path_of(request)
 
         async def attempt(server: Server) -> _Answer:
-            now = asyncio.get_running_loop().time()
-            deadline = min(limit, now + self._config.first_token_timeout_s)
-            reply = await self._http.post(server.target, path, body, deadline)
-            answer = _Answer(server, reply, wire.Decoder(request))
-            try:
-                await answer.begin(deadline)
-            except BaseException:
-                reply.close()
-                raise
+            deadline = self._deadline(limit)
+            with _patient(limit):
+                reply = await self._http.post(server.target, path, body, deadline)
+                answer = _Answer(server, reply, wire.Decoder(request))
+                try:
+                    await answer.begin(deadline)
+                except BaseException:
+                    reply.close()
+                    raise
             return answer
 
-        return await self._failover.first(attempt)
+        return await self._failover.first(attempt, limit)
 
-    async def _rest(self, answer: _Answer, limit: float) -> AsyncIterator[Token | Finished]:
+    async def _rest(self, answer: _Answer, limit: float) -> AsyncGenerator[Token | Finished, None]:
         """The answer from its first token to its end; what breaks it is raised."""
         loop, idle_s = asyncio.get_running_loop(), self._config.idle_timeout_s
         try:
@@ -168,7 +173,8 @@ class UpstreamEngine:
                     yield event
                 if answer.decoder.is_done:
                     break
-                await answer.more(min(limit, loop.time() + idle_s))
+                with _patient(limit):
+                    await answer.more(min(limit, loop.time() + idle_s))
         except Fault as fault:
             answer.server.failed(fault)
             raise fault.error from None
@@ -178,20 +184,40 @@ class UpstreamEngine:
         await answer.reply.finish()
         answer.server.breaker.succeeded()
 
-    async def _embed(self, server: Server, body: bytes, texts: Sequence[str]) -> Embedded:
-        deadline = asyncio.get_running_loop().time() + self._config.first_token_timeout_s
-        reply = await self._http.post(server.target, "/embeddings", body, deadline)
-        try:
-            embedded = embeddings.read(await reply.read_all(deadline), texts)
-        finally:
-            reply.close()
+    async def _embed(
+        self, server: Server, body: bytes, texts: Sequence[str], limit: float
+    ) -> Embedded:
+        deadline = self._deadline(limit)
+        with _patient(limit):
+            reply = await self._http.post(server.target, "/embeddings", body, deadline)
+            try:
+                embedded = embeddings.read(await reply.read_all(deadline), texts)
+            finally:
+                reply.close()
         server.breaker.succeeded()
         return embedded
+
+    def _deadline(self, limit: float) -> float:
+        """When an attempt that begins now must have shown something."""
+        now = asyncio.get_running_loop().time()
+        return min(limit, now + self._config.first_token_timeout_s)
 
     def _take_place(self) -> None:
         if self._running >= self._config.max_concurrent:
             raise EngineBusy("all places at the upstream servers are taken; try again soon")
         self._running += 1
+
+
+@contextmanager
+def _patient(limit: float) -> Iterator[None]:
+    """A server that only ran out of the caller's whole time is not blamed for it: long answers
+    would otherwise close it to everybody."""
+    try:
+        yield
+    except Fault as fault:
+        if asyncio.get_running_loop().time() >= limit:
+            fault.counts = False
+        raise
 
 
 class _Answer:
@@ -229,7 +255,7 @@ class _Stream:
 
     def __init__(
         self,
-        events: Callable[[Generate, asyncio.Event], AsyncIterator[Event]],
+        events: Callable[[Generate, asyncio.Event], AsyncGenerator[Event, None]],
         request: Generate,
     ) -> None:
         self._go = asyncio.Event()
@@ -247,7 +273,7 @@ class _Stream:
         self._go.set()
 
     async def aclose(self) -> None:
-        await self._events.aclose()  # type: ignore[attr-defined]
+        await self._events.aclose()
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
 """Which upstream is asked, and which next: in order, each behind its breaker, a few times.
 
 Round after round through the servers that their breakers admit, with a random pause between
-rounds that grows, until one answers or ``max_attempts`` are spent.
+rounds that grows, until one answers, ``max_attempts`` are spent or the time is over.
 """
 
 from __future__ import annotations
@@ -56,17 +56,27 @@ class Failover:
             for target in targets
         )
 
-    async def first(self, attempt: Callable[[Server], Awaitable[_T]]) -> _T:
-        """The first ``attempt`` that does not raise ``Fault``. Raises the last one's error."""
+    async def first(self, attempt: Callable[[Server], Awaitable[_T]], limit: float) -> _T:
+        """The first ``attempt`` that does not raise ``Fault``. Raises the last one's error.
+
+        None begins after ``limit``, in the loop's time: a server that is given no time to
+        answer has not failed.
+        """
+        loop = asyncio.get_running_loop()
         last: Fault | None = None
         spent = 0
         for round_number in range(self._config.max_attempts):
             admitted = False
+            if loop.time() >= limit:
+                break
             for server in self.servers:
                 if spent == self._config.max_attempts or not server.breaker.admit():
                     continue
                 if not admitted and round_number:
                     await self._pause(server, round_number)
+                if loop.time() >= limit:
+                    server.breaker.undecided()
+                    break
                 admitted = True
                 spent += 1
                 try:

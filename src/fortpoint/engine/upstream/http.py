@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import aiohttp
 import msgspec
 import yarl
+from aiohttp.http_exceptions import HttpProcessingError
 
 from fortpoint.config import Upstream
 from fortpoint.engine.upstream.target import Target
@@ -37,7 +38,7 @@ _KEEP_ALIVE_S = 4.0
 _DNS_S = 30
 _LONGEST_WAIT_S = 60.0
 _DEFAULT_WAIT_S = 1.0
-_DRAIN_S = 0.25
+_DRAIN_S = 0.1
 
 _BLAMES_US = frozenset({401, 403, 404})
 _TRANSIENT = frozenset({408, 409, 425})
@@ -81,7 +82,12 @@ class Reply:
                 piece = await self._response.content.readany()
         self._left -= len(piece)
         if self._left < 0:
-            raise Fault(EngineError("an upstream server's answer is too large"), elsewhere=False)
+            # Callers can provoke this, so it must not close the server to others.
+            raise Fault(
+                EngineError("an upstream server's answer is too large"),
+                elsewhere=False,
+                counts=False,
+            )
         return piece
 
     async def read_all(self, deadline: float) -> bytes:
@@ -93,11 +99,10 @@ class Reply:
     async def finish(self) -> None:
         """After the answer's own end: keep the connection if the body ends now, else close it."""
         try:
-            async with asyncio.timeout(_DRAIN_S):
-                more = await self._response.content.readany()
-            if more:
-                self._response.close()
-        except (TimeoutError, aiohttp.ClientError):
+            more = await self.read(asyncio.get_running_loop().time() + _DRAIN_S)
+        except Fault:
+            more = b"?"
+        if more:
             self._response.close()
 
     def close(self) -> None:
@@ -171,7 +176,10 @@ def _translated() -> Iterator[None]:
         raise Fault(EngineError("an upstream server broke its answer off")) from None
     except (aiohttp.ClientError, OSError):
         raise Fault(EngineUnavailable("an upstream server closed the connection")) from None
-    except ValueError:  # an address, a header or a chunk that the library cannot read
+    except (
+        ValueError,
+        HttpProcessingError,
+    ):  # an address, a header or a chunk that the library cannot read
         raise Fault(EngineError("an upstream server's answer could not be read")) from None
 
 

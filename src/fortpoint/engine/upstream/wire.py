@@ -27,6 +27,7 @@ from fortpoint.types import Message, Usage
 _DONE = b"[DONE]"
 _MAX_TOKENS = 2**31 - 1
 _BYTES_PER_TOKEN = 4  # what an estimate takes for English text
+_TEMPLATE_TOKENS = 4096  # what a server may put around a prompt: its own instructions, marks
 _MAX_CHOICES_IN_CHUNK = 256
 
 _REASONS: dict[str, FinishReason] = {
@@ -163,6 +164,11 @@ def estimate(messages: tuple[Message, ...] | None, prompt: str | None) -> int:
     return sum(4 + about(message.content) for message in messages)
 
 
+def _n_bytes(request: Generate) -> int:
+    texts = [request.prompt or "", *(message.content for message in request.messages or ())]
+    return sum(len(text.encode()) for text in texts)
+
+
 def _message(message: Message) -> dict[str, str]:
     written = {"role": message.role.value, "content": message.content}
     if message.role == "tool":
@@ -186,7 +192,10 @@ class Decoder:
     def __init__(self, request: Generate) -> None:
         self._id = request.id
         self._running = set(range(request.sampling.n))
-        self._wants_logprobs = request.sampling.logprobs is not None
+        self._n_top = request.sampling.logprobs
+        self._most = UpstreamUsage(
+            _n_bytes(request) + _TEMPLATE_TOKENS, request.sampling.max_tokens * request.sampling.n
+        )
         self._usage: UpstreamUsage | None = None
         self._n_pieces = 0
         self._n_bytes = 0
@@ -207,9 +216,17 @@ class Decoder:
         return [event for choice in chunk.choices or () for event in self._events(choice)]
 
     def usage(self, n_prompt_tokens: int) -> Usage:
-        """As the server counted; estimated, and marked so, where it did not."""
-        if self._usage is not None:
-            return Usage(self._usage.prompt_tokens, self._usage.completion_tokens)
+        """As the server counted; estimated, and marked so, where it did not or cannot have.
+
+        A count that no tokenizer could give would empty the caller's budget.
+        """
+        told, most = self._usage, self._most
+        if (
+            told is not None
+            and told.prompt_tokens <= most.prompt_tokens
+            and told.completion_tokens <= most.completion_tokens
+        ):
+            return Usage(told.prompt_tokens, told.completion_tokens)
         completion = max(self._n_pieces, math.ceil(self._n_bytes / _BYTES_PER_TOKEN))
         return Usage(n_prompt_tokens, completion, estimated=True)
 
@@ -222,7 +239,7 @@ class Decoder:
         if choice.index not in self._running:
             raise EngineError("an upstream server sent an answer that was not asked for")
         yield from self._tokens(choice)
-        if choice.finish_reason is not None:
+        if choice.finish_reason:  # some servers write "" until the end
             if choice.finish_reason not in _REASONS:
                 raise EngineError("an upstream server ended its answer in an unknown way")
             self._running.remove(choice.index)
@@ -233,11 +250,12 @@ class Decoder:
         if choice.delta is not None:
             text = choice.delta.content or choice.delta.refusal or ""
         self._n_bytes += len(text.encode())
-        scored = _scored(choice.logprobs) if self._wants_logprobs and choice.logprobs else []
+        scored = _scored(choice.logprobs) if self._n_top is not None and choice.logprobs else []
         for place, one in enumerate(scored):
             # The text may not be the tokens' own (parts of characters): it leaves whole.
             self._n_pieces += 1
-            top = tuple((other.token, other.logprob) for other in one.top_logprobs or ())
+            others = (one.top_logprobs or ())[: self._n_top]
+            top = tuple((other.token, other.logprob) for other in others)
             yield Token(self._id, choice.index, "" if place else text, one.token, one.logprob, top)
         if text and not scored:
             self._n_pieces += 1
