@@ -1,0 +1,1 @@
+"""The engine beside its peers: environments, runners, prompts, and what the runs need."""
