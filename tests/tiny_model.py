@@ -1,4 +1,5 @@
-"""A Llama of a few thousand random weights, in a folder like a real model's.
+"""A Llama (or Mistral, Qwen2, Qwen3) of a few thousand random weights, in a folder like a real
+model's.
 
 Its tokenizer has a token for each byte and three special tokens; its chat template is
 ChatML. It computes in microseconds what the real model computes in milliseconds, along the
@@ -25,16 +26,51 @@ TEMPLATE = (
 )
 EOS = 258
 
+FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+    "llama-biased": {"attention_bias": True, "head_dim": 32, "num_key_value_heads": 1},
+    "llama-llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "llama-yarn": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 1024,
+        }
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 7, "head_dim": 32},
+    "mistral-unlimited": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3-biased": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
+}
+"""Changes to ``config`` for every kind of model that the fast path computes."""
+
 
 def config(**changes: Any) -> dict[str, Any]:
+    model_type = changes.get("model_type", "llama")
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
         "vocab_size": 259,
-        "hidden_size": 48,
+        "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
-        "num_attention_heads": 6,
+        "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
@@ -47,10 +83,15 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Biases and norms of queries and keys where the family of ``config`` has them."""
     source = torch.Generator().manual_seed(seed)
     d, d_mlp = config["hidden_size"], config["intermediate_size"]
-    d_kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
+    head_dim = config.get("head_dim") or d // config["num_attention_heads"]
+    d_heads, d_kv = (head_dim * config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], d),
+        "model.norm.weight": (d,),
+    }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], d)
     for i in range(config["num_hidden_layers"]):
@@ -58,14 +99,24 @@ def weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
         shapes |= {
             layer + "input_layernorm.weight": (d,),
             layer + "post_attention_layernorm.weight": (d,),
-            layer + "self_attn.q_proj.weight": (d, d),
+            layer + "self_attn.q_proj.weight": (d_heads, d),
             layer + "self_attn.k_proj.weight": (d_kv, d),
             layer + "self_attn.v_proj.weight": (d_kv, d),
-            layer + "self_attn.o_proj.weight": (d, d),
+            layer + "self_attn.o_proj.weight": (d, d_heads),
             layer + "mlp.gate_proj.weight": (d_mlp, d),
             layer + "mlp.up_proj.weight": (d_mlp, d),
             layer + "mlp.down_proj.weight": (d, d_mlp),
         }
+        if config["model_type"] == "qwen2" or config.get("attention_bias"):
+            shapes |= {
+                layer + "self_attn.q_proj.bias": (d_heads,),
+                layer + "self_attn.k_proj.bias": (d_kv,),
+                layer + "self_attn.v_proj.bias": (d_kv,),
+            }
+        if config.get("attention_bias"):
+            shapes[layer + "self_attn.o_proj.bias"] = (d,)
+        if config["model_type"] == "qwen3":
+            shapes |= {layer + f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
     return {
         name: torch.randn(shape, generator=source) * (0.2 if len(shape) > 1 else 1.0)
         for name, shape in shapes.items()

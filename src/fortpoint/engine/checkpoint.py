@@ -50,11 +50,14 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 class Checkpoint:
-    """The tensors of a model's folder. Raises ``ModelError`` when there are none to be found."""
+    """The tensors of a model's folder, or of one ``file`` in it.
 
-    def __init__(self, folder: Path) -> None:
+    Raises ``ModelError`` when there are none to be found.
+    """
+
+    def __init__(self, folder: Path, file: str | None = None) -> None:
         self._headers: dict[str, _Header] = {}
-        self._files = _files(folder)
+        self._files = _files(folder) if file is None else _names(folder / file)
         self._folder = folder
 
     def __contains__(self, name: str) -> bool:
@@ -68,7 +71,7 @@ class Checkpoint:
     def get(self, name: str, shape: Shape) -> NDArray[np.float32]:
         """The tensor as float32, an array of its own. Raises ``ModelError`` naming it."""
         if name not in self._files:
-            raise ModelError(f"the model's weights lack {name}")
+            raise ModelError(f"the weights lack {name}")
         file = self._files[name]
         if file not in self._headers:
             self._headers[file] = _Header(self._folder / file)
@@ -141,8 +144,12 @@ def _files(folder: Path) -> dict[str, str]:
         return _read_index(folder / INDEX)
     if not (folder / SINGLE).is_file():
         raise ModelError(f"the model has neither {SINGLE} nor {INDEX}")
-    entries, _ = _read_header(folder / SINGLE)
-    return dict.fromkeys(entries, SINGLE)
+    return _names(folder / SINGLE)
+
+
+def _names(path: Path) -> dict[str, str]:
+    entries, _ = _read_header(path)
+    return dict.fromkeys(entries, path.name)
 
 
 def _read_index(path: Path) -> dict[str, str]:
