@@ -19,6 +19,7 @@ import os
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -129,12 +130,12 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
             if n_bytes > MAX_HEADER_BYTES:
                 raise ModelError(f"{path.name} has a header of more than {MAX_HEADER_BYTES} bytes")
             raw = file.read(n_bytes)
-        header = msgspec.json.decode(raw)
+        header = msgspec.json.decode(raw, type=dict[str, Any])
         header.pop("__metadata__", None)
         return msgspec.convert(header, dict[str, _Entry]), 8 + n_bytes
     except OSError as error:
         raise ModelError(f"{path.name} cannot be read: {error.strerror}") from None
-    except (struct.error, ValueError, AttributeError, RecursionError, msgspec.MsgspecError):
+    except (struct.error, UnicodeDecodeError, RecursionError, msgspec.MsgspecError):
         raise ModelError(f"{path.name} is no safetensors file") from None
 
 

@@ -271,7 +271,8 @@ def _pair(
     alpha = place.of(config.alpha_pattern, config.lora_alpha)
     scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     inner = weights.get(names["A"], (rank, d_in))
-    outer = weights.get(names["B"], (d_out, rank)) * np.float32(scale)
+    with np.errstate(over="ignore"):  # found right below
+        outer = weights.get(names["B"], (d_out, rank)) * np.float32(scale)
     if not (np.isfinite(inner).all() and np.isfinite(outer).all()):
         raise ModelError(f"{place.path} holds values that are not finite")
     return LoraPair(inner, outer)
