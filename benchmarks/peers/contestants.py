@@ -124,6 +124,10 @@ class Peer:
             raise Failed(f"{self.name} made {answer['n_tokens']} tokens")
         return Run(answer["seconds"], answer["n_tokens"])
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
     def stop(self) -> None:
         """End it and its children. Safe to call twice."""
         if self._process is None:
