@@ -28,7 +28,9 @@ class Limited:
     def __init__(self, home: Path) -> None:
         self.database = Database.in_home(home)
         self.max_pages = ROOM
-        event.listen(self.database._engine.sync_engine, "begin", self._limit, insert=True)
+        assert self.database._direct is not None
+        for engine in (self.database._engine.sync_engine, self.database._direct.engine):
+            event.listen(engine, "begin", self._limit, insert=True)
 
     def _limit(self, connection: Any) -> None:
         connection.exec_driver_sql(f"PRAGMA max_page_count = {self.max_pages}")

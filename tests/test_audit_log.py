@@ -162,18 +162,18 @@ async def test_commit_that_fails_refuses_its_whole_batch_and_the_next_one_works(
 ) -> None:
     log = await AuditLog.open(database, home)
     await log.append(entry(0))
-    begin = database.begin
+    write = database.write
 
-    def broken() -> object:
+    def broken(_work: object) -> object:
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(database, "begin", broken)
+    monkeypatch.setattr(database, "write", broken)
     outcomes = await asyncio.gather(
         *(log.append(entry(n)) for n in range(9)), return_exceptions=True
     )
     assert {type(outcome) for outcome in outcomes} == {AuditUnavailable}
     assert "the disk is full" in str(outcomes[0])
-    monkeypatch.setattr(database, "begin", begin)
+    monkeypatch.setattr(database, "write", write)
     assert (await log.append(entry(1))).index == 1
     await log.close()
     assert verified(home).entries == 2

@@ -21,10 +21,10 @@ import hmac
 import re
 import secrets
 from datetime import UTC, datetime
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import msgspec
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import bindparam, func, insert, select, update
 
 from fortpoint.errors import InvalidRequest, NotFound, Unauthenticated
 from fortpoint.store.database import Database
@@ -41,6 +41,8 @@ _SECRET_BYTES = 32
 _KEY_ID = re.compile(r"[a-z2-7]{12}")
 _TOKEN = re.compile(r"sk-fp-([a-z2-7]{12})-([A-Za-z0-9_-]{43})")
 _TOKEN_CHARS = len(_PREFIX) + _ID_CHARS + 1 + 43
+
+_BY_ID = select(keys).where(keys.c.key_id == bindparam("key_id"))
 
 # Compared where no row has the id, so that an unknown id and a wrong secret take one path.
 _NO_KEY = bytes(32)
@@ -159,9 +161,8 @@ class KeyRing:
             _refuse()
         return Principal(row.key_id, row.user, row.role)
 
-    async def _row(self, key_id: str) -> Row[tuple[object, ...]] | None:
-        async with self._database.connect() as connection:
-            return (await connection.execute(select(keys).where(keys.c.key_id == key_id))).first()
+    async def _row(self, key_id: str) -> Any | None:
+        return await self._database.first(_BY_ID, key_id=key_id)
 
 
 def _refuse() -> NoReturn:

@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import func, insert, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, func, insert, select
 
 from fortpoint.audit import signing_key
 from fortpoint.audit.checkpoint import Signer, VerifierKey
@@ -43,6 +42,16 @@ from fortpoint.store.tables import audit_checkpoints, audit_entries
 MAX_BATCH_ENTRIES = 1024
 MAX_BATCH_BYTES = 8 * 1024 * 1024
 MAX_WAITING_ENTRIES = 16_384
+
+# Built once: each batch of each request waits for them.
+_INSERT_ENTRIES = insert(audit_entries)
+_INSERT_CHECKPOINT = insert(audit_checkpoints)
+_NEWEST_INDEX = select(func.max(audit_entries.c.index)).scalar_subquery()
+_NEWEST = (
+    select(audit_checkpoints, _NEWEST_INDEX.label("newest_index"))
+    .order_by(audit_checkpoints.c.size.desc())
+    .limit(1)
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +67,15 @@ class Receipt(msgspec.Struct, frozen=True):
 class _Waiting:
     body: bytes
     receipt: asyncio.Future[Receipt]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Where it began, its leaves, the tree after it."""
+
+    start: int
+    leaves: list[bytes]
+    after: Frontier
 
 
 class AuditLog:
@@ -81,9 +99,9 @@ class AuditLog:
         """
         try:
             async with database.connect() as connection:
-                empty = await _is_empty(connection)
+                empty = await connection.run_sync(_is_empty)
                 signer = signing_key.load_or_create(home, may_create=empty)
-                frontier = await _head(connection, signer.verifier, Frontier())
+                frontier = await connection.run_sync(_head, signer.verifier, Frontier())
         except AuditUnavailable:
             raise
         except FortPointError as error:
@@ -150,17 +168,21 @@ class AuditLog:
                     waiting.receipt.set_result(receipt)
 
     async def _commit(self, bodies: list[bytes]) -> list[Receipt]:
-        async with self._database.begin() as connection:
-            before = await _head(connection, self._signer.verifier, self._frontier)
-            # 1. Every entry at its place. 2. The tree over them. 3. The tree's signed head.
-            entries = [seal(body, before.size + n) for n, body in enumerate(bodies)]
-            leaves = [leaf_hash(entry) for entry in entries]
-            after = before.extend(leaves)
-            await connection.execute(insert(audit_entries), _rows(before.size, entries, leaves))
-            await connection.execute(insert(audit_checkpoints), [self._checkpoint(after)])
+        batch = await self._database.write(lambda connection: self._extend(connection, bodies))
         # Only now, after the commit: a batch that failed must not move the head.
-        self._frontier = after
-        return [Receipt(before.size + n, leaf.hex()) for n, leaf in enumerate(leaves)]
+        self._frontier = batch.after
+        return [Receipt(batch.start + n, leaf.hex()) for n, leaf in enumerate(batch.leaves)]
+
+    def _extend(self, connection: Connection, bodies: list[bytes]) -> _Batch:
+        """In a thread, inside the transaction."""
+        before = _head(connection, self._signer.verifier, self._frontier)
+        # 1. Every entry at its place. 2. The tree over them. 3. The tree's signed head.
+        entries = [seal(body, before.size + n) for n, body in enumerate(bodies)]
+        leaves = [leaf_hash(entry) for entry in entries]
+        after = before.extend(leaves)
+        connection.execute(_INSERT_ENTRIES, _rows(before.size, entries, leaves))
+        connection.execute(_INSERT_CHECKPOINT, [self._checkpoint(after)])
+        return _Batch(before.size, leaves, after)
 
     def _checkpoint(self, frontier: Frontier) -> dict[str, Any]:
         root = frontier.root()
@@ -185,25 +207,22 @@ def _fail(batch: list[_Waiting], message: str) -> None:
             waiting.receipt.set_exception(AuditUnavailable(message))
 
 
-async def _is_empty(connection: AsyncConnection) -> bool:
+def _is_empty(connection: Connection) -> bool:
     for column in (audit_entries.c.index, audit_checkpoints.c.size):
-        if (await connection.execute(select(column).limit(1))).first() is not None:
+        if connection.execute(select(column).limit(1)).first() is not None:
             return False
     return True
 
 
-async def _head(connection: AsyncConnection, key: VerifierKey, known: Frontier) -> Frontier:
+def _head(connection: Connection, key: VerifierKey, known: Frontier) -> Frontier:
     """The log's frontier as this transaction sees it. ``known`` is what we last saw or wrote.
 
     Raises ``VerificationError`` where the stored head is not signed, does not cover every
     entry, or is behind what this process has already acknowledged.
     """
-    newest_index = select(func.max(audit_entries.c.index)).scalar_subquery()
-    query = select(audit_checkpoints, newest_index.label("newest_index"))
-    newest = query.order_by(audit_checkpoints.c.size.desc()).limit(1)
-    row = (await connection.execute(newest)).first()
+    row = connection.execute(_NEWEST).first()
     if row is None:
-        stray = (await connection.execute(select(newest_index))).scalar_one()
+        stray = connection.execute(select(_NEWEST_INDEX)).scalar_one()
         if known.size or stray is not None:
             raise VerificationError(f"it lost its checkpoints; {_ADVICE}")
         return Frontier()

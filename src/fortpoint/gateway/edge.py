@@ -76,8 +76,12 @@ class Edge:
             await asyncio.wait({work, watch}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             stopping = False
         finally:
-            ending = asyncio.create_task(self._end(channel, work, watch, stopping))
-            await _uncancelled(ending)
+            if channel.complete and _is_whole(work):  # most: nothing is left to wait for
+                watch.cancel()
+                self._account(channel)
+            else:
+                ending = asyncio.create_task(self._end(channel, work, watch, stopping))
+                await _uncancelled(ending)
 
     async def _run(self, scope: Scope, channel: _Channel) -> None:
         await self._app(scope, channel.receive, channel.send)
@@ -100,7 +104,7 @@ class Edge:
                     channel, lambda: channel.fail(channel.exchange.fault or fault)
                 )
         finally:
-            self._account(channel, work)
+            self._account(channel)
 
     async def _last_step(self, channel: _Channel, step: Callable[[], Awaitable[None]]) -> None:
         """Take it, but wait no longer for a client that does not read."""
@@ -112,7 +116,7 @@ class Edge:
                 "exchange id=%s end=%s", channel.exchange.request_id, type(error).__name__
             )
 
-    def _account(self, channel: _Channel, work: asyncio.Task[None]) -> None:
+    def _account(self, channel: _Channel) -> None:
         exchange = channel.exchange
         self._services.meter.ended(exchange.surface, channel.status, channel.code, exchange.usage)
         _logger.info(
@@ -331,6 +335,11 @@ def _fault_of_end(
         return FortPointError("an internal error; the request was not answered")
     limit_s = channel.exchange.services.config.server.request_timeout_s
     return RequestTimeout(f"the request took longer than {limit_s:g} seconds")
+
+
+def _is_whole(work: asyncio.Task[None]) -> bool:
+    """Whether it ran to its end: neither cancelled nor broken."""
+    return work.done() and not work.cancelled() and work.exception() is None
 
 
 async def _uncancelled(task: asyncio.Task[None]) -> None:

@@ -49,6 +49,7 @@ _KEEP_ALIVE_S = 30
 _BACKLOG = 1024
 _HOPELESS = 2
 _DNS_PORT = 53
+_SWITCH_S = 0.0002
 
 # The listening socket is an internet socket, so ``no_network`` cannot hold here.
 _REQUIRED = {*hardening.REQUIRED, "no_outbound"} - {"no_network"}
@@ -188,6 +189,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parent-pid", type=int, help="process that must be the parent")
     parser.add_argument("--config", required=True, help="the whole configuration as JSON")
     options = parser.parse_args(arguments)
+    # The record's thread lets go of the interpreter at each statement, and would wait this long
+    # (5 ms by default) behind a busy loop to get it back: five times for each batch of entries.
+    sys.setswitchinterval(_SWITCH_S)
+    # No line says these, and looking them up costs more than writing it.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("fortpoint").setLevel(logging.INFO)
     try:

@@ -5,6 +5,9 @@
     async with database.begin() as connection:      # one write transaction
         await connection.execute(insert(tables.keys), ...)
 
+What every request does goes a shorter way: ``write`` runs a whole transaction in one thread,
+``first`` reads one row without a change of threads.
+
 Whatever goes wrong below (a full disk, a lock, a damaged file, a lost server) becomes one
 ``StorageError`` whose message names neither SQL nor values.
 
@@ -21,12 +24,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections import namedtuple
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, event, make_url
+from sqlalchemy import URL, Connection, Dialect, Select, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -34,7 +39,10 @@ from fortpoint.errors import StorageError
 from fortpoint.store import migration
 
 _BUSY_TIMEOUT_S = 10.0
+_READ_TIMEOUT_S = 1.0  # the event loop waits; readers of a WAL wait for nobody but a recovery
 _POOL_SIZE = 8
+
+_T = TypeVar("_T")
 
 # Marks the connections whose transaction will write. SQLite must take its lock at BEGIN:
 # a transaction that reads first and writes later cannot wait for another writer.
@@ -70,6 +78,7 @@ class Database:
         self._engine = _sqlite_engine(url) if self.is_sqlite else _server_engine(url)
         self._writing = self._engine.execution_options(**{_WRITES: True})
         self._writer = asyncio.Lock() if self.is_sqlite else None
+        self._direct = _Direct(url) if self.is_sqlite else None
 
     @classmethod
     def in_home(cls, home: Path) -> Database:
@@ -95,6 +104,33 @@ class Database:
                 async with self._writing.begin() as connection:
                     yield connection
 
+    async def write(self, work: Callable[[Connection], _T]) -> _T:
+        """``work`` in one write transaction, as in ``begin``: for SQLite all of it in one thread.
+
+        ``work`` must touch nothing that belongs to the event loop.
+        """
+        if self._direct is None or self._writer is None:
+            async with self.begin() as connection:
+                return await connection.run_sync(work)
+        async with self._writer:
+            with _translated():
+                return await self._direct.write(work)
+
+    async def first(self, query: Select[Any], **values: object) -> Any | None:
+        """The first row of a query that an index answers, as it is committed now.
+
+        ``values`` are plain ones, its columns are the row's attributes, and ``query`` is one
+        that lives as long as the program.
+
+        SQLite is read in the event loop: that takes microseconds, a thread's turn would take
+        longer than the query.
+        """
+        with _translated():
+            if self._direct is not None:
+                return self._direct.first(query, values)
+            async with self._engine.connect() as connection:
+                return (await connection.execute(query, values)).first()
+
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
         """Read one consistent snapshot. Nothing written in the block is kept."""
@@ -105,7 +141,75 @@ class Database:
     async def close(self) -> None:
         """Close every connection."""
         with _translated():
+            if self._direct is not None:
+                self._direct.close()
             await self._engine.dispose()
+
+
+class _Direct:
+    """SQLite without an asynchronous driver, whose every statement is a change of threads."""
+
+    def __init__(self, url: URL) -> None:
+        self.engine = create_engine(
+            url.set(drivername="sqlite"),
+            hide_parameters=True,
+            connect_args={"timeout": _BUSY_TIMEOUT_S},
+        )
+        event.listen(self.engine, "connect", _prepare_sqlite)
+        event.listen(self.engine, "begin", _begin_sqlite)
+        self._path = url.database or ""
+        self._writing = self.engine.execution_options(**{_WRITES: True})
+        self._thread = ThreadPoolExecutor(1, "database")
+        self._reader: sqlite3.Connection | None = None
+        self._lookups: dict[Select[Any], _Lookup] = {}
+
+    async def write(self, work: Callable[[Connection], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+
+    def first(self, query: Select[Any], values: dict[str, object]) -> Any | None:
+        if self._reader is None:
+            self._reader = sqlite3.connect(self._path, timeout=_READ_TIMEOUT_S)
+            _prepare_sqlite(self._reader, None)
+        if (lookup := self._lookups.get(query)) is None:
+            lookup = self._lookups[query] = _Lookup(query, self.engine.dialect)
+        return lookup.first(self._reader, values)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.engine.dispose()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _run(self, work: Callable[[Connection], _T]) -> _T:
+        with self._writing.begin() as connection:
+            return work(connection)
+
+
+class _Lookup:
+    """A query as SQLite takes it, written once, and how its columns become Python's."""
+
+    def __init__(self, query: Select[Any], dialect: Dialect) -> None:
+        columns = query.selected_columns
+        compiled = query.compile(dialect=dialect)
+        self._sql = compiled.string
+        self._names = tuple(compiled.positiontup or ())
+        self._row = _row_type(columns.keys())
+        self._readers = [
+            column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns
+        ]
+
+    def first(self, connection: sqlite3.Connection, values: dict[str, object]) -> Any | None:
+        # All rows: a cursor that is not at its end keeps its old snapshot.
+        found = connection.execute(self._sql, [values[name] for name in self._names]).fetchall()
+        if not found:
+            return None
+        pairs = zip(self._readers, found[0], strict=True)
+        return self._row(*(read(value) if read else value for read, value in pairs))
+
+
+def _row_type(names: Iterable[str]) -> Callable[..., Any]:
+    return namedtuple("Row", names)
 
 
 def _make_private(path: Path) -> None:
