@@ -109,6 +109,7 @@ class Server:
     process: psutil.Process
     key: str = "none"
     rates: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
     latencies_s: list[list[float]] = field(default_factory=list)
 
     def headers(self) -> dict[str, str]:
@@ -116,8 +117,14 @@ class Server:
 
     def memory_mb(self) -> float:
         """Of the whole tree; pages that its processes share count once."""
-        tree = [self.process, *self.process.children(recursive=True)]
-        return sum(process.memory_full_info().pss for process in tree) / 1e6
+        return sum(process.memory_full_info().pss for process in self._tree()) / 1e6
+
+    def cpu_s(self) -> float:
+        times = [process.cpu_times() for process in self._tree()]
+        return sum(one.user + one.system for one in times)
+
+    def _tree(self) -> list[psutil.Process]:
+        return [self.process, *self.process.children(recursive=True)]
 
 
 @contextmanager
@@ -313,8 +320,10 @@ def measure(servers: list[Server], rounds: int, seconds: int, folder: Path) -> N
     """Rounds of all, in turn, so that a slow minute of the machine meets each of them."""
     for number in range(rounds):
         for server in servers[:: 1 if number % 2 == 0 else -1]:
+            before = server.cpu_s()
             rate = closed_loop(server, seconds, folder)
             server.rates.append(rate)
+            server.cpu_ms.append((server.cpu_s() - before) * 1e3 / (rate * seconds))
             if rate > RATE:
                 server.latencies_s.append(uvloop.run(open_loop(server, seconds)))
 
@@ -325,6 +334,7 @@ class Row:
     requests_per_s: float
     lowest: float
     highest: float
+    cpu_ms: float
     p50_ms: float | None
     p99_ms: float | None
     added_p50_ms: float | None
@@ -343,6 +353,7 @@ def row_of(server: Server, mock: Server) -> Row:
         middle(server.rates),
         min(server.rates),
         max(server.rates),
+        middle(server.cpu_ms),
         middle(own[0.5]) if own[0.5] else None,
         middle(own[0.99]) if own[0.99] else None,
         middle(added[0.5]) if added[0.5] else None,
@@ -376,15 +387,17 @@ def conditions() -> dict[str, object]:
 
 
 def report(rows: list[Row], goals: dict[str, object]) -> None:
-    print(f"{'':<24}{'requests/s':>11}{'spread':>16}{'p50 ms':>9}{'p99 ms':>9}{'memory MB':>11}")
+    titles = f"{'requests/s':>11}{'spread':>16}{'CPU ms':>9}{'p50 ms':>9}{'p99 ms':>9}"
+    print(f"{'':<24}{titles}{'memory MB':>11}")
     for row in rows:
         spread = f"{row.lowest:.0f} to {row.highest:.0f}"
         latency = [f"{ms:.2f}" if ms is not None else "-" for ms in (row.p50_ms, row.p99_ms)]
         print(
-            f"{row.name:<24}{row.requests_per_s:>11.0f}{spread:>16}"
+            f"{row.name:<24}{row.requests_per_s:>11.0f}{spread:>16}{row.cpu_ms:>9.2f}"
             f"{latency[0]:>9}{latency[1]:>9}{row.memory_mb:>11.0f}"
         )
-    print(f"\nlatency in an open loop at {RATE} requests/s; - where fewer are served at all\n")
+    print("\nCPU: of one request in the closed loop, all processes.")
+    print(f"Latency: open loop at {RATE} requests/s; - where fewer are served at all.\n")
     for name, value in goals.items():
         print(f"{name:<60}{value}")
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -49,7 +50,8 @@ _KEEP_ALIVE_S = 30
 _BACKLOG = 1024
 _HOPELESS = 2
 _DNS_PORT = 53
-_SWITCH_S = 0.0002
+_SWITCH_S = 0.0005
+_COLLECT = (20_000, 20, 50)
 
 # The listening socket is an internet socket, so ``no_network`` cannot hold here.
 _REQUIRED = {*hardening.REQUIRED, "no_outbound"} - {"no_network"}
@@ -77,6 +79,7 @@ async def serve(
 ) -> None:
     """The same on a socket at hand, inside a running loop."""
     async with real_services(config, engine_socket, targets) as services:
+        _collect_rarely()
         server = _Server(
             uvicorn.Config(
                 create_app(services),
@@ -166,6 +169,14 @@ def _confine(config: Config, parent_pid: int, targets: Sequence[Target]) -> None
     hardening.forbid_syscalls(hardening.GATEWAY_OUTBOUND if targets else hardening.GATEWAY)
     if config.engine.sandbox == "require":
         hardening.require_protections(sorted(_REQUIRED - ({"no_outbound"} if targets else set())))
+
+
+def _collect_rarely() -> None:
+    """What is there now lives as long as the process; walking it again and again costs each
+    request a tenth of its time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECT)
 
 
 def _ports(targets: Sequence[Target]) -> list[int]:

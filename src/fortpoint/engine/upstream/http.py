@@ -17,7 +17,10 @@ from contextlib import contextmanager
 import aiohttp
 import msgspec
 import yarl
+from aiohttp.client_reqrep import ConnectionKey
+from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.tracing import Trace
 
 from fortpoint.config import Upstream
 from fortpoint.engine.upstream.target import Target
@@ -110,12 +113,24 @@ class Reply:
         self._response.close()
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Gives up a kept connection on which something came that nobody had asked for: the library
+    would take those bytes for the answer to the next request, which is another caller's."""
+
+    async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
+        while (connection := await super()._get(key, traces)) is not None:
+            if connection.protocol is not None and not connection.protocol.should_close:
+                return connection
+            connection.close()
+        return None
+
+
 class Http:
     """The connections of one process to all upstreams. Needs a running loop."""
 
     def __init__(self, config: Upstream, *, tls: bool) -> None:
         self._max_bytes = config.max_answer_bytes
-        connector = aiohttp.TCPConnector(
+        connector = _Connector(
             limit=0,  # the engine counts its requests itself
             ttl_dns_cache=_DNS_S,
             keepalive_timeout=_KEEP_ALIVE_S,
