@@ -104,3 +104,35 @@ def test_gateway_outbound_profile_connects_but_makes_no_odd_socket(place: Path) 
             place,
         )
     assert found == {"connect": "None", "vsock": "EPERM", "netlink": "EPERM"}
+
+
+@needs_landlock
+def test_gateway_before_upstreams_connects_to_their_ports_alone(place: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as upstream,
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
+        ports = [server.getsockname()[1] for server in (upstream, other)]
+        found = answers(
+            f"""
+            import ssl
+            from fortpoint.hardening import landlock_abi, outbound_paths
+            read = [*python_paths(), *runtime_paths(), *outbound_paths()]
+            confine_files(read, connect=[{ports[0]}])
+            def connect(port):
+                socket.create_connection(("127.0.0.1", port)).close()
+            print(json.dumps({{
+                "upstream": attempt(lambda: connect({ports[0]})),
+                "other": attempt(lambda: connect({ports[1]})),
+                "names": attempt(lambda: socket.getaddrinfo("localhost", 80) and None),
+                "tls": attempt(lambda: ssl.create_default_context() and None),
+                "private keys": attempt(lambda: os.listdir("/etc/ssl/private")),
+                "confines tcp": landlock_abi() >= 4,
+            }}))
+            """,
+            place,
+        )
+    assert found["upstream"] == found["names"] == found["tls"] == "None"
+    assert found["private keys"] in {"EACCES", "ENOENT"}
+    if found["confines tcp"]:
+        assert found["other"] == "EACCES"
