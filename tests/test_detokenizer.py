@@ -49,3 +49,32 @@ def test_detokenizer_incomplete_character_at_the_end_is_replaced() -> None:
     detokenizer = Detokenizer(_decode)
     assert detokenizer.add(0xE2) == ""
     assert detokenizer.finish() == "\ufffd"
+
+
+def test_detokenizer_of_a_decoder_that_strips_a_first_space_keeps_inner_ones() -> None:
+    words = [" a", " bc", "d"] * 30
+    detokenizer = Detokenizer(lambda tokens: "".join(words[i] for i in tokens).removeprefix(" "))
+    pieces = [detokenizer.add(i) for i in range(len(words))]
+
+    assert "".join(pieces) + detokenizer.finish() == "".join(words).removeprefix(" ")
+
+
+def test_detokenizer_decodes_little_more_than_once_a_token() -> None:
+    n_calls = 0
+
+    def decode(tokens: Sequence[int]) -> str:
+        nonlocal n_calls
+        n_calls += 1
+        assert len(tokens) < 32
+        return _decode(tokens)
+
+    detokenizer = Detokenizer(decode)
+    for _ in range(1000):
+        detokenizer.add(ord("x"))
+    assert n_calls < 1200
+
+
+def test_detokenizer_bytes_that_never_become_a_character_do_not_pile_up() -> None:
+    detokenizer = Detokenizer(_decode)
+    text = "".join(detokenizer.add(0x82) for _ in range(64)) + detokenizer.finish()
+    assert text == "\ufffd" * 64

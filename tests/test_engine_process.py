@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -13,18 +14,25 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import peft_adapter
 import tiny_model
 from fortpoint import config, errors
+from fortpoint.engine.architecture import Architecture
 from fortpoint.engine.client import EngineClient
 from fortpoint.engine.protocol import (
     MAX_FRAME_BYTES,
+    Condition,
     Description,
     Done,
     Event,
     Generate,
     Prefilled,
     Sampling,
+    ScoreText,
+    Steer,
     Token,
 )
 from fortpoint.engine.worker import EngineSpec
@@ -40,6 +48,8 @@ def spawn(folder: Path, model: Path) -> subprocess.Popen[str]:
         socket=str(folder / "e.sock"),
         probes=None,
         parent_pid=os.getpid(),
+        features=str(folder / "features"),
+        adapters=str(folder / "adapters"),
     )
     command = [sys.executable, "-P", "-m", "fortpoint.engine.worker"]
     return subprocess.Popen(
@@ -62,6 +72,14 @@ async def ready(client: EngineClient) -> Description:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engine")
     tiny_model.make(folder / "tiny")
+    made = peft_adapter.tensors(Architecture.of(tiny_model.config()))
+    peft_adapter.write(folder / "adapters" / "loud", made)
+    directions = folder / "features" / "directions"
+    directions.mkdir(parents=True)
+    card = {"model": "tiny", "hook": "resid_post", "layer": 1, "training_maximum": 4.0}
+    for name, changes in {"calm": {}, "far": {"layer": 9}}.items():
+        (directions / f"{name}.json").write_text(json.dumps(card | changes))
+        save_file({"direction": torch.full((64,), 0.125)}, directions / f"{name}.safetensors")
     return folder
 
 
@@ -89,6 +107,10 @@ def _ask(request_id: str, max_tokens: int = 8, hold: bool = False) -> Generate:
 async def _events(client: EngineClient, request: Generate) -> list[Event]:
     async with await client.generate(request) as stream:
         return [event async for event in stream]
+
+
+def _text(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Token))
 
 
 async def test_worker_answers_many_at_once(client: EngineClient) -> None:
@@ -125,6 +147,61 @@ async def test_worker_connection_lost_frees_its_places(place: Path, client: Engi
     async with asyncio.timeout(10):
         while (await client.describe()).running:
             await asyncio.sleep(0.01)
+
+
+async def test_worker_says_what_can_be_asked_of_it(client: EngineClient) -> None:
+    description = await client.describe()
+    assert description.adapters == ("loud",)
+    assert description.directions == ("calm",)
+    assert (description.running, description.waiting) == (0, 0)
+
+
+async def test_worker_honours_what_is_asked_of_the_models_inside(client: EngineClient) -> None:
+    plain = _ask("plain", max_tokens=20)
+    asked = {
+        "plain": plain,
+        "adapted": msgspec.structs.replace(plain, id="adapted", adapter="loud"),
+        "steered": msgspec.structs.replace(plain, id="steered", steer=(Steer("add", "calm", 3.0),)),
+        "stopped": msgspec.structs.replace(
+            plain, id="stopped", stop_when=(Condition("calm", -1.0),)
+        ),
+    }
+    events = await asyncio.gather(*(_events(client, request) for request in asked.values()))
+    texts = dict(zip(asked, map(_text, events), strict=True))
+    assert len({texts["plain"], texts["adapted"], texts["steered"]}) == 3
+    assert len([event for event in events[-1] if isinstance(event, Token)]) == 1
+    assert texts["plain"].startswith(texts["stopped"])
+
+
+async def test_worker_follows_a_schema_and_gives_logprobs(client: EngineClient) -> None:
+    sampling = Sampling(50, 1.0, seed=1, logprobs=2, json_schema='{"enum": ["yes", "no"]}')
+    request = msgspec.structs.replace(_ask("r"), sampling=sampling)
+    events = await _events(client, request)
+    assert json.loads(_text(events)) in ("yes", "no")
+    tokens = [event for event in events if isinstance(event, Token)]
+    assert all(len(token.top or ()) == 2 for token in tokens)
+
+
+async def test_worker_scores_text(client: EngineClient) -> None:
+    scored = await client.score(ScoreText("s", " there", prompt="hello", adapter="loud"))
+    plain = await client.score(ScoreText("s", " there", prompt="hello"))
+    assert scored.tokens == plain.tokens == tuple(" there")
+    assert scored.logprobs != plain.logprobs
+
+
+@pytest.mark.parametrize(
+    ("wish", "why"),
+    [
+        ({"adapter": "quiet"}, "no adapter 'quiet'"),
+        ({"steer": (Steer("add", "far", 1.0),)}, "could not be loaded"),
+        ({"stop_when": (Condition("sae/0", 1.0),)}, "no dictionary"),
+    ],
+)
+async def test_worker_asked_for_what_is_not_here_says_so(
+    client: EngineClient, wish: dict[str, object], why: str
+) -> None:
+    with pytest.raises(errors.InvalidRequest, match=why):
+        await _events(client, msgspec.structs.replace(_ask("r"), **wish))
 
 
 async def test_worker_prompt_beyond_the_context_is_refused(client: EngineClient) -> None:

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 import tiny_model
 from fortpoint.engine import precision
 from fortpoint.engine.chat import ChatTokenizer
-from fortpoint.engine.kv_cache import KVBudget
 from fortpoint.engine.llama import Llama
-from fortpoint.engine.model import Span
+from fortpoint.engine.model import Span, Step
 from fortpoint.errors import ModelError
 from fortpoint.types import Message, Role
 from fortpoint.vault import gguf_file
@@ -97,15 +96,15 @@ def test_convert_gives_back_the_checkpoint(
     assert seen[-1] == (len(expected), len(expected))
 
 
-@torch.inference_mode()
 def test_converted_model_runs(tmp_path: Path) -> None:
     _write(tmp_path / "tiny.gguf", GGMLQuantizationType.F32)
     gguf_file.convert(tmp_path / "tiny.gguf", tmp_path, lambda *_: None)
-    model = Llama.load(tmp_path, precision.plain("float32"), 128)
+    model = Llama.load(tmp_path, precision.plain("float32"), 128, kv_bytes=1 << 20, threads=1)
     tokens = ChatTokenizer.load(tmp_path).chat([Message(Role.USER, "hello")]).tokens
-    cache = model.cache(KVBudget(128))
+    cache = model.new_cache()
     assert cache.reserve(len(tokens))
-    assert model.forward(tokens, [Span(cache, 0, len(tokens))]).isfinite().all()
+    step = Step(tokens, [Span(cache, 0, len(tokens))], logit_rows=[len(tokens) - 1])
+    assert np.isfinite(model.forward(step).logits).all()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from typing import Any
 import jsonschema_rs
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llguidance import LLParserLimits
@@ -24,7 +23,7 @@ import tiny_model
 from fortpoint.engine import grammar
 from fortpoint.engine.grammar import MAX_SCHEMA_BYTES, GrammarCompiler
 from fortpoint.engine.protocol import Sampling
-from fortpoint.engine.sampler import Chosen, Sampler, choose
+from fortpoint.engine.sampler import Chosen, Row, Sampler, choose
 from fortpoint.errors import EngineError, InvalidRequest, ModelError
 
 VOCAB = 259
@@ -48,10 +47,10 @@ def compiler(tokenizer: bytes) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, VOCAB, {EOS})
 
 
-def _restless(tokenizer: bytes) -> torch.Tensor:
+def _restless(tokenizer: bytes) -> Row:
     """Logits' bias towards the tokens that bring JSON to its end."""
     vocabulary = Tokenizer.from_buffer(tokenizer).get_vocab()
-    bias = torch.zeros(VOCAB)
+    bias = np.zeros(VOCAB, np.float32)
     for closing in '"]},:':
         bias[vocabulary[closing]] = 6.0
     bias[EOS] = 8.0
@@ -62,12 +61,12 @@ def _write(
     compiler: GrammarCompiler, tokenizer: bytes, schema: Any, seed: int, steps: int = 600
 ) -> tuple[str, bool]:
     """What random logits write under ``schema``, and whether it came to an end."""
-    source = torch.Generator().manual_seed(seed)
+    source = np.random.default_rng(seed)
     bias, tokens = _restless(tokenizer), []
     sampling = Sampling(steps, temperature=1.0, seed=seed)
     state = Sampler(sampling, 0, (), compiler.compile(json.dumps(schema)).fork())
     for _ in range(steps):
-        logits = torch.randn(1, VOCAB, generator=source) + bias
+        logits = source.standard_normal((1, VOCAB), np.float32) + bias
         (chosen,) = choose(logits, [state])
         assert isinstance(chosen, Chosen), chosen
         if chosen.token == EOS:
@@ -193,7 +192,7 @@ def test_state_beyond_its_limits_fails_its_own_row(
     pattern = compiler.compile('{"type": "string", "pattern": "^(.*[a-m].{12}[n-z].{12})*$"}')
     states = [Sampler(Sampling(99, seed=1), 0, (), pattern.fork()), Sampler(Sampling(99), 0, ())]
     for _ in range(200):
-        first, second = choose(torch.zeros(2, VOCAB), states)
+        first, second = choose(np.zeros((2, VOCAB), np.float32), states)
         assert isinstance(second, Chosen)
         if not isinstance(first, Chosen):
             break

@@ -1,104 +1,143 @@
-"""The forward pass equals an independent implementation, however its rows are cut up."""
+"""What a row gets does not depend on its neighbours, its chunks, or how weights are held."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import tiny_model
 from fortpoint.engine import precision
-from fortpoint.engine.kv_cache import KVBudget
 from fortpoint.engine.llama import Llama
-from fortpoint.engine.model import Span
+from fortpoint.engine.model import Floats, Span, Step
 from fortpoint.errors import ModelError
 
-SHAPES: list[dict[str, Any]] = [
-    {},
-    {"tie_word_embeddings": False},
-    {"num_key_value_heads": 6},
-    {"num_key_value_heads": 1, "rope_theta": 100000.0},
-]
+KINDS = ("float32", "bfloat16", "int8", "int4")
+TOKENS = [int(token) for token in np.random.default_rng(3).integers(0, 256, 70)]
 
 
-def _load(folder: Path) -> Llama:
-    return Llama.load(folder, precision.plain("float32"), 512)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.make(tmp_path_factory.mktemp("llama") / "tiny")
 
 
-@pytest.mark.parametrize("changes", SHAPES)
-@torch.inference_mode()
-def test_forward_on_random_weights_equals_transformers(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    model = _load(tiny_model.make(tmp_path / "tiny", **changes))
-    config = tiny_model.config(**changes)
-    reference = LlamaForCausalLM(LlamaConfig(**config)).eval()
-    reference.load_state_dict(tiny_model.weights(config), strict=False)
-    tokens = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1))
-    expected = reference(tokens[None], output_hidden_states=True)
-
-    seen: dict[int, torch.Tensor] = {}
-    cache = model.cache(KVBudget(512))
-    assert cache.reserve(40)
-    x = model.forward(tokens.tolist(), [Span(cache, 0, 40)], lambda i, x: seen.update({i: x}))
-
-    torch.testing.assert_close(model.logits(x), expected.logits[0], atol=2e-4, rtol=1e-3)
-    for layer in (0, 1):  # transformers' last hidden state is after the final norm
-        torch.testing.assert_close(
-            seen[layer], expected.hidden_states[layer + 1][0], atol=2e-4, rtol=1e-3
-        )
+@pytest.fixture(scope="module", params=KINDS)
+def model(folder: Path, request: pytest.FixtureRequest) -> Iterator[Llama]:
+    made = load(folder, request.param, threads=2)
+    yield made
+    made.close()
 
 
-@torch.inference_mode()
-def test_forward_in_chunks_beside_another_sequence_equals_forward_at_once(tmp_path: Path) -> None:
-    model = _load(tiny_model.make(tmp_path / "tiny"))
-    budget = KVBudget(1024)
-    tokens, other = list(range(30)), list(range(100, 130))
-    alone, chunked, neighbour = (model.cache(budget) for _ in range(3))
-    for cache in (alone, chunked, neighbour):
-        assert cache.reserve(60)
-    expected = model.forward(tokens, [Span(alone, 0, 30)])
-
-    first = model.forward([*other, *tokens[:11]], [Span(neighbour, 0, 30), Span(chunked, 30, 41)])
-    second = model.forward([7, *tokens[11:]], [Span(neighbour, 0, 1), Span(chunked, 1, 20)])
-
-    got = torch.cat([first[30:], second[1:]])
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+def load(folder: Path, kind: str, threads: int = 1) -> Llama:
+    return Llama.load(
+        folder, precision.choose(kind), max_context=512, kv_bytes=1 << 22, threads=threads
+    )
 
 
-@torch.inference_mode()
-def test_forward_until_layer_stops_after_it(tmp_path: Path) -> None:
-    model = _load(tiny_model.make(tmp_path / "tiny"))
-    seen: list[int] = []
-    cache = model.cache(KVBudget(128))
+def logits(model: Llama, tokens: list[int], chunks: list[int]) -> Floats:
+    """Of all tokens, computed in chunks of these lengths and one for the rest."""
+    cache, rows, start = model.new_cache(), [], 0
+    assert cache.reserve(len(tokens))
+    for length in (*chunks, len(tokens)):
+        chunk = tokens[start : start + length]
+        if chunk:
+            step = Step(chunk, [Span(cache, 0, len(chunk))], range(len(chunk)))
+            rows.append(model.forward(step).logits.copy())
+        start += len(chunk)
+    cache.release()
+    return np.concatenate(rows)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(chunks=st.lists(st.integers(1, 40), max_size=8))
+def test_forward_in_chunks_gives_the_same_bits(model: Llama, chunks: list[int]) -> None:
+    at_once = logits(model, TOKENS, [])
+    assert np.array_equal(logits(model, TOKENS, chunks), at_once)
+
+
+@pytest.mark.parametrize("n_neighbours", [1, 2, 6, 13])
+def test_forward_beside_neighbours_gives_the_same_bits(model: Llama, n_neighbours: int) -> None:
+    alone = logits(model, TOKENS, [])
+    caches = [model.new_cache() for _ in range(n_neighbours + 1)]
+    for number, cache in enumerate(caches):
+        assert cache.reserve(100)
+        own = TOKENS[:40] if cache is caches[-1] else TOKENS[number : number + 5 * number + 1]
+        model.forward(Step(own, [Span(cache, 0, len(own))]))
+    for token, expected in zip(TOKENS[40:], alone[40:], strict=True):
+        spans = [Span(cache, i, i + 1) for i, cache in enumerate(caches)]
+        tokens = [*range(n_neighbours), token]
+        result = model.forward(Step(tokens, spans, [n_neighbours]))
+        assert np.array_equal(result.logits[0], expected)
+    for cache in caches:
+        cache.release()
+
+
+def test_forward_with_one_thread_gives_the_same_bits_as_with_two(folder: Path) -> None:
+    one, two = load(folder, "int4", 1), load(folder, "int4", 2)
+    assert np.array_equal(logits(one, TOKENS, []), logits(two, TOKENS, [9]))
+    two.close()
+
+
+def test_forward_keeps_the_layers_that_are_tapped(model: Llama) -> None:
+    cache = model.new_cache()
+    assert cache.reserve(4)
+    result = model.forward(Step(TOKENS[:4], [Span(cache, 0, 4)], tap_layers=(0, 2)))
+    assert set(result.seen) == {0, 2}
+    assert np.array_equal(result.seen[2], result.residual)
+    cache.release()
+
+
+def test_forward_to_a_layer_stops_after_it(model: Llama) -> None:
+    whole, part = model.new_cache(), model.new_cache()
+    for cache in (whole, part):
+        assert cache.reserve(4)
+    all_layers = model.forward(Step(TOKENS[:4], [Span(whole, 0, 4)], tap_layers=(1,)))
+    expected = all_layers.seen[1].copy()
+    result = model.forward(Step(TOKENS[:4], [Span(part, 0, 4)], last_layer=1))
+    assert np.array_equal(result.residual, expected)
+    whole.release()
+    part.release()
+
+
+def test_forward_without_room_is_refused_before_anything_is_computed(model: Llama) -> None:
+    cache = model.new_cache()
+    assert cache.reserve(32)
+    with pytest.raises(ValueError, match="no room"):
+        model.forward(Step(TOKENS[:40], [Span(cache, 0, 40)]))
+    assert cache.length == 0
+    cache.release()
+
+
+def test_normed_is_what_the_output_matrix_gets(folder: Path) -> None:
+    model = load(folder, "float32")
+    cache = model.new_cache()
     assert cache.reserve(3)
-    model.forward([1, 2, 3], [Span(cache, 0, 3)], lambda i, _: seen.append(i), until_layer=1)
-    assert seen == [0, 1]
+    result = model.forward(Step(TOKENS[:3], [Span(cache, 0, 3)], range(3)))
+    embedding = tiny_model.weights(tiny_model.config())["model.embed_tokens.weight"].numpy()
+    np.testing.assert_allclose(
+        model.normed(result.residual) @ embedding.T, result.logits, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_precision_says_how_matrices_are_held(folder: Path) -> None:
+    assert load(folder, "int4").precision == "int4 and int8"
+    assert load(folder, "float32").precision == "float32"
 
 
 def test_load_of_another_architecture_is_refused(tmp_path: Path) -> None:
     folder = tiny_model.make(tmp_path / "tiny", model_type="gpt2")
-    with pytest.raises(ModelError, match="architecture 'gpt2'"):
-        _load(folder)
+    with pytest.raises(ModelError, match="gpt2"):
+        load(folder, "float32")
 
 
 def test_load_of_damaged_weights_is_refused(tmp_path: Path) -> None:
     folder = tiny_model.make(tmp_path / "tiny")
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ModelError, match=r"model\.safetensors"):
-        _load(folder)
-
-
-@torch.inference_mode()
-def test_cache_beyond_the_budget_is_refused_and_given_back(tmp_path: Path) -> None:
-    model = _load(tiny_model.make(tmp_path / "tiny"))
-    budget = KVBudget(256)
-    first, second = model.cache(budget), model.cache(budget)
-    assert first.reserve(200)
-    assert not second.reserve(1)
-    first.release()
-    assert second.reserve(1)
-    assert budget.free == 192
+        load(folder, "float32")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +15,23 @@ from fortpoint.engine.sampler import Chosen, Row, Sampler, choose
 from fortpoint.errors import EngineError
 
 VOCAB = 12
-LOGITS = torch.tensor([3.0, -1.0, 2.5, 0.0, 1.0, 1.5, -2.0, 2.0, 0.5, -0.5, -3.0, 1.2])
+LOGITS = np.array([3, -1, 2.5, 0, 1, 1.5, -2, 2, 0.5, -0.5, -3, 1.2], np.float32)
+
+
+def row(*values: float) -> Row:
+    return np.array(values, np.float32)
+
+
+def softmax(logits: Row) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - float(logits.max()))
+    return weights / weights.sum()
 
 
 def sampler(choice: int = 0, prompt: tuple[int, ...] = (), **sampling: Any) -> Sampler:
     return Sampler(Sampling(100, **sampling), choice, prompt)
 
 
-def draws(state: Sampler, n: int, logits: torch.Tensor = LOGITS) -> list[int]:
+def draws(state: Sampler, n: int, logits: Row = LOGITS) -> list[int]:
     return [the(choose(logits[None], [state])).token for _ in range(n)]
 
 
@@ -33,9 +41,9 @@ def the(chosen: list[Any]) -> Chosen:
     return only
 
 
-def reference_support(logits: torch.Tensor, **rule: Any) -> set[int]:
+def reference_support(logits: Row, **rule: Any) -> set[int]:
     """The kept tokens by plain definitions on a sorted list, in double precision."""
-    p = torch.softmax(logits.double() / rule.get("temperature", 1.0), 0).tolist()
+    p = softmax(logits / rule.get("temperature", 1.0)).tolist()
     order = sorted(range(len(p)), key=lambda i: (-p[i], i))
     if 0 < (k := rule.get("top_k", 0)) < len(p):
         order = [i for i in order if p[i] >= p[order[k - 1]]]
@@ -65,7 +73,7 @@ def test_draws_follow_the_softmax_over_what_is_kept(rule: dict[str, Any]) -> Non
     counts = np.bincount(draws(sampler(seed=5, **rule), n), minlength=VOCAB)
 
     kept = sorted(reference_support(LOGITS, **rule))
-    p = torch.softmax(LOGITS[kept].double() / rule.get("temperature", 1.0), 0).numpy()
+    p = softmax(LOGITS[kept] / rule.get("temperature", 1.0))
     assert counts.sum() == counts[kept].sum()
     chi_square = float((((counts[kept] - n * p) ** 2) / (n * p)).sum())
     # Wilson and Hilferty's approximation of the 99.9 % quantile.
@@ -84,7 +92,7 @@ def test_draws_follow_the_softmax_over_what_is_kept(rule: dict[str, Any]) -> Non
 def test_draws_stay_in_the_support_of_the_definitions(
     values: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    logits = torch.tensor(values)
+    logits = np.array(values, np.float32)
     rule = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     # Ties at the nucleus' edge stay, so compare probabilities, with room for rounding.
     least = min(values[i] for i in reference_support(logits, **rule))
@@ -105,8 +113,25 @@ def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
     assert len(set(draws(sampler(top_k=10_000, temperature=2.0, seed=3), 2000))) == VOCAB
 
 
+def test_draws_from_many_blocks_follow_the_softmax() -> None:
+    logits = np.full(3000, -40.0, np.float32)
+    logits[[0, 255, 256, 1500, 2999]] = [0.0, 1.0, 0.5, 1.5, 0.2]
+    counts = np.bincount(draws(sampler(seed=4), 4000, logits), minlength=3000) / 4000
+
+    np.testing.assert_allclose(counts, softmax(logits), atol=0.03)
+
+
+@pytest.mark.parametrize("k", [1, 5, 11, 12, 13, 600])
+def test_top_k_of_many_blocks_keeps_the_k_largest(k: int) -> None:
+    logits = np.random.default_rng(k).permutation(3100).astype(np.float32) / 3100
+    drawn = set(draws(sampler(top_k=k, temperature=2.0, seed=3), 300, logits))
+
+    assert drawn <= set(np.argsort(logits)[-k:].tolist())
+    assert len(drawn) > k * 0.3
+
+
 def test_flat_nucleus_is_found_beyond_the_likely_tokens() -> None:
-    logits = torch.full((30_000,), -11.0)  # each far below a ten-thousandth of the first
+    logits = np.full(30_000, -11.0, np.float32)  # each far below a ten-thousandth of the first
     logits[0] = 0.0
     drawn = draws(sampler(top_p=0.9, seed=2), 200, logits)
 
@@ -115,7 +140,7 @@ def test_flat_nucleus_is_found_beyond_the_likely_tokens() -> None:
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    assert draws(sampler(temperature=0.0), 1, torch.tensor([0.0, 2.0, 2.0, 1.0])) == [1]
+    assert draws(sampler(temperature=0.0), 1, row(0.0, 2.0, 2.0, 1.0)) == [1]
 
 
 def test_tiny_temperature_is_greedy() -> None:
@@ -123,7 +148,7 @@ def test_tiny_temperature_is_greedy() -> None:
 
 
 def test_huge_logits_are_no_trouble() -> None:
-    assert draws(sampler(temperature=0.1), 1, torch.tensor([-3e38, 3e38, 0.0])) == [1]
+    assert draws(sampler(temperature=0.1), 1, row(-3e38, 3e38, 0.0)) == [1]
 
 
 def test_same_seed_and_choice_give_the_same_tokens() -> None:
@@ -137,7 +162,7 @@ def test_without_a_seed_answers_differ() -> None:
 
 
 def test_row_alone_and_in_any_batch_gives_the_same() -> None:
-    logits = torch.randn(8, 5000, generator=torch.Generator().manual_seed(1)) * 4
+    logits = np.random.default_rng(1).normal(0, 4, (8, 5000)).astype(np.float32)
     rules: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.7, "top_p": 0.9},
@@ -151,22 +176,22 @@ def test_row_alone_and_in_any_batch_gives_the_same() -> None:
     alone = [sampler(i, prompt=(1, 2), seed=4, **rule) for i, rule in enumerate(rules)]
     together = [sampler(i, prompt=(1, 2), seed=4, **rule) for i, rule in enumerate(rules)]
     for _ in range(20):
-        batch = choose(logits.flip(0), together[::-1])
+        batch = choose(logits[::-1], together[::-1])
         singly = [the(choose(logits[i : i + 1], [alone[i]])) for i in range(8)]
         assert batch[::-1] == singly
 
 
 def test_logits_stay_as_they_are() -> None:
-    logits = LOGITS.clone()[None]
+    logits = LOGITS.copy()[None]
     choose(logits, [sampler(prompt=(0,), repetition_penalty=2.0, presence_penalty=2.0, top_k=3)])
 
-    assert torch.equal(logits[0], LOGITS)
+    assert np.array_equal(logits[0], LOGITS)
 
 
 def test_penalties_follow_their_formulas() -> None:
     class Spy:
-        def mask(self, row: Row) -> None:
-            self.row = row.copy()
+        def mask(self, scores: Row) -> None:
+            self.row = scores.copy()
 
         def accept(self, token: int) -> None:
             pass
@@ -179,26 +204,26 @@ def test_penalties_follow_their_formulas() -> None:
     for _ in range(4):
         choose(LOGITS[None], [state])
     # Chosen so far: 0, 2, 7, 5 (each fell below the next); 1 and 6 only stand in the prompt.
-    expected = LOGITS.clone()
+    expected = LOGITS.copy()
     for token in (0, 2, 7):
         expected[token] = LOGITS[token] / 1.5 - 0.5 - 0.25
     expected[1], expected[6] = LOGITS[1] * 1.5, LOGITS[6] * 1.5
-    assert torch.allclose(torch.from_numpy(spy.row), expected)
+    assert np.allclose(spy.row, expected)
 
 
 def test_frequency_penalty_counts_each_time() -> None:
-    logits = torch.tensor([1.0, 0.0, -9.0])
+    logits = row(1.0, 0.0, -9.0)
     # 0 leads by 1; after its third time it has lost 1.2.
     assert draws(sampler(temperature=0.0, frequency_penalty=0.4), 4, logits) == [0, 0, 0, 1]
 
 
 def test_presence_penalty_counts_once() -> None:
-    logits = torch.tensor([1.0, 0.0, -9.0])
+    logits = row(1.0, 0.0, -9.0)
     assert draws(sampler(temperature=0.0, presence_penalty=0.9), 4, logits) == [0, 0, 0, 0]
 
 
 def test_repetition_penalty_looks_at_the_prompt_and_the_others_do_not() -> None:
-    logits = torch.tensor([1.0, 0.9, -9.0])
+    logits = row(1.0, 0.9, -9.0)
     assert draws(sampler(prompt=(0,), temperature=0.0, repetition_penalty=2.0), 1, logits) == [1]
     assert draws(sampler(prompt=(0,), temperature=0.0, presence_penalty=2.0), 1, logits) == [0]
 
@@ -207,7 +232,7 @@ def test_logprobs_are_the_models_own_and_rounded() -> None:
     rule = {"temperature": 0.1, "top_k": 1, "prompt": (0,), "repetition_penalty": 2.0}
     chosen = the(choose(LOGITS[None], [sampler(logprobs=3, **rule)]))
 
-    expected = torch.log_softmax(LOGITS.double(), 0)
+    expected = np.log(softmax(LOGITS))
     assert chosen.token == 2
     assert chosen.logprob == round(float(expected[2]), 2)
     assert chosen.top == tuple((i, round(float(expected[i]), 2)) for i in (0, 2, 7))
@@ -222,14 +247,14 @@ def test_logprobs_are_at_most_five_and_none_unless_asked_for() -> None:
 
 def test_row_without_a_next_token_fails_alone() -> None:
     class DeadEnd:
-        def mask(self, row: Row) -> None:
-            row[:] = -np.inf
+        def mask(self, scores: Row) -> None:
+            scores[:] = -np.inf
 
         def accept(self, token: int) -> None:
             raise AssertionError("nothing was chosen")
 
     stuck = Sampler(Sampling(9), 0, (), DeadEnd())
-    failed, fine = choose(LOGITS.repeat(2, 1), [stuck, sampler(temperature=0.0)])
+    failed, fine = choose(np.stack([LOGITS, LOGITS]), [stuck, sampler(temperature=0.0)])
 
     assert isinstance(failed, EngineError)
     assert fine == Chosen(0)

@@ -128,11 +128,16 @@ def make(folder: Path, seed: int = 0, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     made = config(**changes)
     (folder / "config.json").write_text(json.dumps(made))
+    save_file(weights(made, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    return finish(folder)
+
+
+def finish(folder: Path) -> Path:
+    """Give the model in ``folder`` its tokenizer and manifest."""
     _tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"})
     )
-    save_file(weights(made, seed), folder / "model.safetensors", metadata={"format": "pt"})
     write_manifest(folder, folder.name, "tests/tiny_model.py", "Apache-2.0", 1_700_000_000)
     return folder
 

@@ -20,15 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fortpoint.engine import precision
 from fortpoint.engine.chat import ChatTokenizer
-from fortpoint.engine.kv_cache import KVBudget, KVCache
+from fortpoint.engine.kv_cache import KVCache
 from fortpoint.engine.llama import Llama
-from fortpoint.engine.model import Span
+from fortpoint.engine.model import Floats, Span, Step
 from fortpoint.types import Message, Role
 from training.rows import SEED, Row
 
@@ -38,6 +36,7 @@ MAX_TOKENS = 64
 LONG_TOKENS = 224  # of one row in eight, and so of what long prompts look like
 SHARD_ROWS = 384
 BATCH_TOKENS = 1536
+THREADS = os.cpu_count() or 1
 
 # None is the template's own system prompt. Three in ten rows have another one, so that the
 # probes do not depend on it.
@@ -117,9 +116,10 @@ class Reader:
     """Runs the embedded model over prompts that share a beginning."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = Llama.load(folder, precision.plain("float32"), max_context=1024)
+        self._model = Llama.load(
+            folder, precision.plain("float32"), max_context=1024, kv_bytes=1 << 30, threads=THREADS
+        )
         self._tokenizer = ChatTokenizer.load(folder)
-        self._budget = KVBudget(1 << 20)
         self._prefixes: dict[str | None, KVCache] = {}
         self.tail = self._template(None)[1]
 
@@ -140,19 +140,14 @@ class Reader:
             own = [*item.text, *self.tail]
             spans.append(Span(cache, len(tokens), len(tokens) + len(own)))
             tokens.extend(own)
-        layers: list[Tensor] = []
-
-        def keep(layer: int, x: Tensor) -> None:
-            if layer in LAYERS:
-                layers.append(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
-
-        self._model.forward(tokens, spans, keep, until_layer=LAYERS[-1])
-        x = torch.stack(layers, dim=1)  # [n_rows, n_layers, d_model]
+        step = Step(tokens, spans, tap_layers=LAYERS, last_layer=LAYERS[-1])
+        seen = self._model.forward(step).seen
+        x = np.stack([_unit(seen[layer]) for layer in LAYERS], axis=1)  # [n_rows, n_layers, d]
         for item, span in zip(items, spans, strict=True):
             span.cache.release()
             end = span.start + len(item.text)
             yield Activations(
-                np.stack([_mean(part) for part in x[span.start : end].split(WINDOW_TOKENS)]),
+                np.stack([_mean(part) for part in _windows(x[span.start : end])]),
                 _mean(x[end : span.end]),
                 len(item.text),
             )
@@ -160,9 +155,10 @@ class Reader:
     def _fork(self, item: _Item) -> KVCache:
         if item.system not in self._prefixes:
             head = self._template(item.system)[0]
-            cache = self._model.cache(self._budget)
+            cache = self._model.new_cache()
             cache.reserve(len(head))
-            self._model.forward(head, [Span(cache, 0, len(head))], until_layer=LAYERS[-1])
+            spans = [Span(cache, 0, len(head))]
+            self._model.forward(Step(head, spans, last_layer=LAYERS[-1]))
             self._prefixes[item.system] = cache
         fork = self._prefixes[item.system].fork()
         if fork is None or not fork.reserve(fork.length + len(item.text) + len(self.tail)):
@@ -195,8 +191,7 @@ def harvest(rows: Sequence[Row], cache: Cache, folder: Path) -> None:
         )
         read: dict[str, Activations] = {}
         for batch in _batches(items, len(reader.tail)):
-            with torch.inference_mode():
-                read.update(zip([i.key for i in batch], reader.read(batch), strict=True))
+            read.update(zip([i.key for i in batch], reader.read(batch), strict=True))
         cache.add(read)
         n_tokens += sum(len(item.text) + len(reader.tail) for item in items)
         rate = n_tokens / (time.monotonic() - started)
@@ -217,5 +212,14 @@ def _batches(items: Sequence[_Item], n_tail: int) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _mean(x: Tensor) -> Float16:
-    return x.mean(0).numpy().astype(np.float16)
+def _unit(x: Floats) -> Floats:
+    scale: Floats = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return x * scale
+
+
+def _windows(x: Floats) -> list[Floats]:
+    return [x[start : start + WINDOW_TOKENS] for start in range(0, len(x), WINDOW_TOKENS)]
+
+
+def _mean(x: Floats) -> Float16:
+    return x.mean(0).astype(np.float16)

@@ -1,6 +1,8 @@
 """The folder that holds all state, and the lock that keeps it to one server.
 
 home/
+    adapters/        LoRA adapters, a folder each (only the engine process reads them)
+    features/        dictionaries and directions (only the engine process reads them)
     fortpoint.db     keys and the record
     keys/            what signs the record
     models/          weights (only the engine process reads them)
@@ -30,6 +32,14 @@ class Home:
     @property
     def engine_socket(self) -> Path:
         return self.path / "run" / "engine.sock"
+
+    @property
+    def features(self) -> Path:
+        return self.path / "features"
+
+    @property
+    def adapters(self) -> Path:
+        return self.path / "adapters"
 
     @property
     def state(self) -> Path:

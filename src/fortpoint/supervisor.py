@@ -128,6 +128,8 @@ def engine_child(config: Config, home: Home, probes: Path | None) -> Child:
         socket=str(home.engine_socket),
         probes=None if probes is None else str(probes),
         parent_pid=os.getpid(),
+        features=str(home.features),
+        adapters=str(home.adapters),
     )
     command = _module("fortpoint.engine.worker", msgspec.json.encode(spec).decode())
     return Child("engine", command, _environment() | _ENGINE_MALLOC)

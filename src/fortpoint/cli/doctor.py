@@ -148,12 +148,14 @@ def check_compute() -> Iterator[Check]:
         yield Check("torch", "broken", reason, "install again: remove .venv, then `make serve`")
         return
     yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    took = precision.measure()
-    for rows, index in ((precision.ROWS[0], 0), (precision.ROWS[-1], -1)):
-        times = {name: seconds[index] for name, seconds in took.seconds.items()}
-        listed = ", ".join(f"{name} {took_s * 1e3:.2f} ms" for name, took_s in times.items())
-        finding = f"{rows} rows: {listed}: {min(times, key=times.__getitem__)}"
+    found = precision.choose("auto")
+    for i, rows in enumerate(precision.ROWS):
+        times = {kind: seconds[i] for kind, seconds in found.seconds.items()}
+        listed = ", ".join(f"{kind} {took_s * 1e3:.2f} ms" for kind, took_s in times.items())
+        finding = f"{listed}: {min(times, key=times.__getitem__)}"
         yield Check(f"precision at {rows} rows", "ok", finding)
+    order = ", then ".join(found.by_speed())
+    yield Check("precision", "ok", f"{order}: auto takes the first that keeps a matrix's values")
 
 
 def check_landlock() -> Check:

@@ -33,8 +33,8 @@ from fortpoint.engine.protocol import (
     Request,
     Scan,
     Scanned,
-    ScoreText,
     Scored,
+    ScoreText,
 )
 from fortpoint.types import Message
 

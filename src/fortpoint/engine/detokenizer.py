@@ -2,6 +2,10 @@
 
 A character may span tokens: text is given out only once it is complete. A stop string may
 span them too: as long as the end of the text could still become one, it is held back.
+
+A token's text depends on those before it (some decoders strip a first space), so a few of them
+are decoded with it. Their own text is kept from the last time: one decoding a token, and a
+second one now and then, when they have become too many.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"
 _MAX_PENDING_TOKENS = 8
+_MAX_CONTEXT_TOKENS = 6
 
 
 class Detokenizer:
@@ -19,8 +24,9 @@ class Detokenizer:
         self._decode = decode
         self._stop = tuple(stop)
         self._pending: list[int] = []  # tokens whose text is not complete yet
-        self._context: list[int] = []  # last complete tokens: some decoders strip a first space
-        self._held = ""
+        self._context: list[int] = []  # last complete tokens, and
+        self._context_text = ""  # their text
+        self.held = ""  # whole characters that may yet become a stop string
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -34,24 +40,30 @@ class Detokenizer:
         return "" if self.stopped else self._release(self._complete_text(final=True), final=True)
 
     def _complete_text(self, *, final: bool) -> str:
-        before = self._decode(self._context)
-        after = self._decode(self._context + self._pending)
-        incomplete = after.endswith(_REPLACEMENT) and len(self._pending) < _MAX_PENDING_TOKENS
-        if incomplete and not final:
+        if not self._pending:
             return ""
-        self._context = self._pending[-_MAX_PENDING_TOKENS:]
-        self._pending = []
-        return after[len(before) :]
+        tokens = self._context + self._pending
+        text = self._decode(tokens)
+        incomplete = text.endswith(_REPLACEMENT)
+        if incomplete and not final and len(self._pending) < _MAX_PENDING_TOKENS:
+            return ""
+        ready = text[len(self._context_text) :]
+        if incomplete or len(tokens) > _MAX_CONTEXT_TOKENS:
+            tokens, text = self._pending, self._decode(self._pending)
+        self._context, self._context_text, self._pending = tokens, text, []
+        return ready
 
     def _release(self, text: str, *, final: bool) -> str:
-        self._held += text
-        found = [i for stop in self._stop if (i := self._held.find(stop)) >= 0]
+        if not self._stop:
+            return text
+        self.held += text
+        found = [i for stop in self._stop if (i := self.held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            text, self.held = self.held[: min(found)], ""
             return text
         keep = 0 if final else self._possible_stop()
-        text, self._held = self._held[: len(self._held) - keep], self._held[-keep:] if keep else ""
+        text, self.held = self.held[: len(self.held) - keep], self.held[-keep:] if keep else ""
         return text
 
     def _possible_stop(self) -> int:
@@ -60,8 +72,8 @@ class Detokenizer:
             (
                 n
                 for stop in self._stop
-                for n in range(1, min(len(stop), len(self._held) + 1))
-                if self._held.endswith(stop[:n])
+                for n in range(1, min(len(stop), len(self.held) + 1))
+                if self.held.endswith(stop[:n])
             ),
             default=0,
         )

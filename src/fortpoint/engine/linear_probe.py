@@ -1,7 +1,7 @@
-"""Linear probes read in the residual stream while it is computed.
+"""Linear probes on the residual stream.
 
 Per token: ``logit = sum over layers l of W[l] @ (x_l / rms(x_l)) + b``, with ``x_l`` the
-residual stream after block l. All probes of all layers are one small product at a step's end.
+residual stream after block l.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.numpy import load_file
 
+from fortpoint.engine.compiled.reading import probe_reader
 from fortpoint.errors import ModelError
 
-_EPS = 1e-6
+Floats = NDArray[np.float32]
 
 
 class ProbeCard(msgspec.Struct, frozen=True):
@@ -34,17 +35,17 @@ class LinearProbes:
     """``W`` is ``[n_layers, n_probes, d_model]``, ``b`` is ``[n_probes]``."""
 
     def __init__(
-        self, names: tuple[str, ...], layers: tuple[int, ...], W: Tensor, b: Tensor
+        self, names: tuple[str, ...], layers: tuple[int, ...], W: Floats, b: Floats
     ) -> None:
-        if W.shape[:2] != (len(layers), len(names)) or b.shape != (len(names),):
+        if W.ndim != 3 or W.shape[:2] != (len(layers), len(names)) or b.shape != (len(names),):
             raise ModelError("the linear probes' file does not fit its description")
-        if not (torch.isfinite(W).all() and torch.isfinite(b).all()):
+        if not (np.isfinite(W).all() and np.isfinite(b).all()):
             raise ModelError("the linear probes' file holds values that are not finite")
         self.names = names
         self.layers = layers
         self.last_layer = max(layers, default=-1)
-        self._weights = dict(zip(layers, W.float(), strict=True))
-        self._b = b.float()
+        self._weights = np.ascontiguousarray(W, np.float32)
+        self._b = b.astype(np.float32)
 
     @classmethod
     def load(cls, stem: Path, d_model: int, n_layers: int) -> LinearProbes:
@@ -63,23 +64,20 @@ class LinearProbes:
     @classmethod
     def none(cls, d_model: int) -> LinearProbes:
         """No probes: every reading is empty."""
-        return cls((), (), torch.zeros(0, 0, d_model), torch.zeros(0))
+        return cls((), (), np.zeros((0, 0, d_model), np.float32), np.zeros(0, np.float32))
 
-    def read(self, seen: Mapping[int, Tensor], n_rows: int) -> Tensor:
+    def read(self, seen: Mapping[int, Floats], n_rows: int) -> Floats:
         """Logits ``[n_rows, n_probes]`` from the residuals ``[n_rows, d_model]`` of each layer."""
-        logits = self.new_logits(n_rows)
-        for layer in self.layers:
-            self.add(layer, seen[layer], logits)
+        logits = np.tile(self._b, (n_rows, 1))
+        for layer, weights in zip(self.layers, self._weights, strict=True):
+            x = np.ascontiguousarray(seen[layer][:n_rows], np.float32)
+            n_probes, d_model = weights.shape
+            probe_reader()(
+                x.ctypes.data,
+                n_rows,
+                d_model,
+                weights.ctypes.data,
+                n_probes,
+                logits.ctypes.data,
+            )
         return logits
-
-    def new_logits(self, n_rows: int) -> Tensor:
-        """The bias for each row: ``[n_rows, n_probes]``, to which ``add`` adds."""
-        return self._b.repeat(n_rows, 1)
-
-    def add(self, layer: int, x: Tensor, logits: Tensor) -> None:
-        """Add layer ``layer``'s part, read from ``x`` ``[n_rows, d_model]``, in place."""
-        weights = self._weights.get(layer)
-        if weights is not None:
-            x = x.float()
-            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS)
-            logits.addmm_(x * scale, weights.T)

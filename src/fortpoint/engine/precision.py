@@ -1,111 +1,104 @@
-"""Which kernels multiply fastest on this machine: measured, not guessed.
+"""How weights are held: measured on this machine, never rounded unasked.
 
-bfloat16 is far faster where the processor multiplies it in hardware, and several times slower
-where it does not. Four-bit weights win for few rows, where memory is the limit, but only a
-checkpoint that was made of such weights keeps its values in them: ``auto`` never rounds a
-model, ``int8`` and ``int4`` do as they are told.
+``auto`` holds each matrix in the kind that multiplies fastest here among those that keep its
+values: a checkpoint that was made of four-bit weights (llama.cpp's Q4_1) keeps them, one in
+bfloat16 stays that. ``int8`` and ``int4`` round as they are told; the embedding and the output
+matrix then have eight bits. Activations are float32; for integer kinds they are rounded to
+bytes with a scale for each 32, as llama.cpp does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from numpy.typing import NDArray
 
-from fortpoint.engine.linear import KernelName, Plan, fits_int4, int4_error, kernel
-from fortpoint.errors import ModelError
+from fortpoint.engine.compiled.packed import KINDS, Kind, fits_integers, pack, rounding_error
+from fortpoint.engine.compiled.product import tile_product
+from fortpoint.engine.compiled.rows import Activations
+from fortpoint.engine.compiled.vector import LANES, call6, instructions, jit
 
-Precision = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+Wanted = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 
-ROWS = (1, 2, 4, 8, 16, 64)
-_SHAPE = (1536, 576)  # outputs, inputs of one product
-_N_MATRICES = 12  # together larger than a core's own cache
+ROWS = (1, 8, 32, 128)
+_SHAPE = (1536, 576)  # outputs, inputs
+_N_MATRICES = 8  # together larger than a core's own cache, in every kind
 _REPEATS = 4
-_LOSSLESS = 1e-3  # relative error below bfloat16's own rounding (2^-9)
+_SAMPLE = 128
+_LOSSLESS = {"int4": 1e-3, "int8": 1e-3, "bfloat16": 0.0, "float32": 0.0}
+"""Relative error up to which a kind keeps the values: for integers below bfloat16's rounding."""
 
 
-class Measurement(msgspec.Struct, frozen=True):
-    """Seconds for the same products with each kernel, at ``ROWS`` rows."""
+class Precision(msgspec.Struct, frozen=True):
+    """``seconds`` has each kind's time for the same products at ``ROWS`` rows."""
 
-    seconds: dict[str, tuple[float, ...]]
+    wanted: Wanted
+    seconds: Mapping[Kind, tuple[float, ...]]
 
-    @property
-    def many(self) -> KernelName:
-        """The faster kernel for many rows."""
-        return "float32" if self._of("float32")[-1] <= self._of("bfloat16")[-1] else "bfloat16"
+    def kind_of(self, weight: NDArray[np.float32], *, head: bool = False) -> Kind:
+        """How to hold ``weight`` ``[n_outputs, n_inputs]``; ``head``: embedding or output."""
+        if self.wanted == "auto":
+            return next(kind for kind in self.by_speed() if _keeps(weight, kind))
+        if self.wanted in ("int8", "int4"):
+            if not fits_integers(weight):
+                return "bfloat16"
+            return "int8" if head else self.wanted
+        return self.wanted
 
-    def few_rows(self, few: KernelName, many: KernelName) -> int:
-        """Up to how many rows ``few`` beats ``many``; 0 for never."""
-        wins = 0
-        for rows, short, long in zip(ROWS, self._of(few), self._of(many), strict=True):
-            if short >= long:
-                break
-            wins = rows
-        return wins
-
-    def _of(self, name: KernelName) -> tuple[float, ...]:
-        return self.seconds[name]
+    def by_speed(self) -> list[Kind]:
+        """Kinds, the fastest for a few rows first: one row and eight count alike."""
+        return sorted(KINDS, key=lambda kind: self.seconds[kind][0] * self.seconds[kind][1])
 
 
-def measure(kernels: Iterable[KernelName] = ("float32", "bfloat16", "int8", "int4")) -> Measurement:
-    """Time each kernel; takes some tenths of a second."""
-    return Measurement({name: _time(name) for name in kernels})
+def choose(wanted: Wanted) -> Precision:
+    """The precision that configuration's ``engine.dtype`` stands for here."""
+    return Precision(wanted, measure() if wanted == "auto" else {})
 
 
-def choose(name: Precision, folder: Path) -> Plan:
-    """The plan that configuration's ``engine.dtype`` stands for here, for this checkpoint."""
-    if name == "float32" or name == "bfloat16":  # noqa: PLR1714 - narrows the type
-        return plain(name)
-    took = measure()
-    many = took.many
-    few: KernelName = name if name != "auto" else "int4" if is_int4(folder) else many
-    rounded: Literal["int8", "int4"] | None = None if name == "auto" else name
-    n_rows = 0 if few == many else took.few_rows(few, many)
-    dtype = torch.float32 if many == "float32" else torch.bfloat16
-    return Plan(dtype, many, few if n_rows else many, n_rows, rounded)
+def measure(kinds: Iterable[Kind] = KINDS) -> dict[Kind, tuple[float, ...]]:
+    """Time each kind in one thread; takes about a second, most of it to compile."""
+    weight = np.ones(_SHAPE, np.float32)
+    return {kind: _time(kind, weight) for kind in kinds}
 
 
-def plain(name: Literal["float32", "bfloat16"]) -> Plan:
-    """One kernel for all rows."""
-    return Plan(torch.float32 if name == "float32" else torch.bfloat16, name, name, 0)
+def plain(kind: Kind) -> Precision:
+    """``kind`` for all matrices, without a measurement."""
+    return Precision(kind, {})
 
 
-def is_int4(folder: Path) -> bool:
-    """True when the checkpoint's matrices lie on the four-bit grid: nothing is lost by it.
-
-    Looks at the first block's matrices. Raises ``ModelError`` if they cannot be read.
-    """
-    try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            names = [
-                name
-                for name in file.keys()  # noqa: SIM118 - not a dict
-                if ".layers.0." in name and name.endswith("_proj.weight")
-            ]
-            matrices = [file.get_tensor(name) for name in names]
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"model.safetensors cannot be used: {type(error).__name__}") from None
-    return bool(matrices) and all(
-        fits_int4(matrix) and int4_error(matrix) < _LOSSLESS for matrix in matrices
-    )
+def _keeps(weight: NDArray[np.float32], kind: Kind) -> bool:
+    """Looks at some rows, spread over the matrix: checkpoints are rounded as a whole."""
+    if kind in ("int4", "int8") and not fits_integers(weight):
+        return False
+    some = weight[:: max(1, len(weight) // _SAMPLE)]
+    return rounding_error(some, kind) <= _LOSSLESS[kind]
 
 
-@torch.inference_mode()
-def _time(name: KernelName) -> tuple[float, ...]:
-    dtype = torch.float32 if name == "float32" else torch.bfloat16
-    products = [kernel(name, torch.ones(_SHAPE), dtype) for _ in range(_N_MATRICES)]
+def _time(kind: Kind, weight: NDArray[np.float32]) -> tuple[float, ...]:
+    tiles = np.concatenate([pack(weight, kind).data] * _N_MATRICES)
+    product = tile_product(kind, instructions())
+    acts = Activations(max(ROWS) * _SHAPE[1])
+    out = np.empty((max(ROWS), LANES), np.float32)
     seconds = []
     for rows in ROWS:
-        x, best = torch.ones(rows, _SHAPE[1], dtype=dtype), float("inf")
-        for _ in range(_REPEATS):
-            start = time.perf_counter()
-            for product in products:
-                product(x)
-            best = min(best, time.perf_counter() - start)
-        seconds.append(best)
+        work = (product, tiles, rows, _SHAPE[1], acts.addresses.ctypes.data, out.ctypes.data)
+        seconds.append(min(_seconds(work) for _ in range(_REPEATS)))
     return tuple(seconds)
+
+
+def _seconds(work: tuple[object, ...]) -> float:
+    start = time.perf_counter()
+    _multiply(*work)
+    return time.perf_counter() - start
+
+
+@jit()
+def _multiply(
+    product: int, tiles: NDArray[np.uint8], rows: int, n_inputs: int, acts: int, out: int
+) -> None:
+    for i in range(len(tiles)):
+        call6(product, tiles[i].ctypes.data, rows, n_inputs, acts, out, LANES)

@@ -121,7 +121,8 @@ def _yarn(
     if first == last:
         last += 0.001
     stretched = np.clip((np.arange(head_dim // 2) - first) / (last - first), 0.0, 1.0)
-    return plain * (1 - stretched) + plain / factor * stretched
+    mixed: NDArray[np.float64] = plain * (1 - stretched) + plain / factor * stretched
+    return mixed
 
 
 def _yarn_scale(p: _Parameters, factor: float) -> float:

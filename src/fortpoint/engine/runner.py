@@ -1,49 +1,60 @@
 """The compute thread: takes jobs in, steps the model, gives events out.
 
 All model state belongs to this thread. Others reach it through ``submit``, ``proceed`` and
-``cancel``, which only queue. An error inside a step fails the requests of that step and
-nothing else.
+``cancel``, which only queue; what they ask for is done before the next step. A step's events
+are given out together. When a step fails, its requests are computed again one by one, so that
+only those that fail by themselves do.
+
+An error anywhere else is ours: the thread ends, and says so to ``on_crash``, since an engine
+that goes on after it could not be trusted.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
-import torch
-from torch import Tensor
-
 from fortpoint.engine.answers import Answers
 from fortpoint.engine.chat import ChatTokenizer
-from fortpoint.engine.kv_cache import KVBudget, KVCache
-from fortpoint.engine.linear_probe import LinearProbes
-from fortpoint.engine.llama import Llama
-from fortpoint.engine.model import Span
-from fortpoint.engine.protocol import Embed, Embedded, Generate, Scan, Scanned
+from fortpoint.engine.model import Model
+from fortpoint.engine.passes import Computed, Pass, Passes
+from fortpoint.engine.protocol import Generate
+from fortpoint.engine.results import Results
 from fortpoint.engine.scheduler import Scheduler, Work
-from fortpoint.engine.sequence import Job, Sequence
-from fortpoint.errors import EngineBusy, EngineError
-from fortpoint.types import Reading, Usage
+from fortpoint.engine.sequence import Job, Outbox, Sent, Sequence
+from fortpoint.engine.taps import Part, Taps
+from fortpoint.errors import EngineBusy, EngineError, FortPointError, InvalidRequest
 
 
 class Runner:
-    """Steps ``model`` for all jobs. ``start`` begins the thread, ``stop`` ends it."""
+    """Steps ``model`` for all jobs. ``start`` begins the thread, ``stop`` ends it.
+
+    ``deliver`` is called from the compute thread with the events of a step.
+    """
 
     def __init__(
         self,
-        model: Llama,
+        model: Model,
         tokenizer: ChatTokenizer,
-        probes: LinearProbes,
+        taps: Taps,
         scheduler: Scheduler,
-        budget: KVBudget,
+        deliver: Callable[[list[Sent]], object],
+        on_crash: Callable[[], object] = lambda: None,
     ) -> None:
         self._model = model
-        self._probes = probes
         self._scheduler = scheduler
-        self._budget = budget
-        self._answers = Answers(tokenizer, scheduler, model.max_context, self._new_cache)
+        self._outbox = Outbox(deliver)
+        self._on_crash = on_crash
+        self._passes = Passes(model, taps)
+        self._answers = Answers(
+            tokenizer, scheduler, taps, model.max_context, model.new_cache, self._end
+        )
+        self._results = Results(model, tokenizer, scheduler, taps)
+        self._numbers = itertools.count()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -71,15 +82,16 @@ class Runner:
     def cancel(self, job: Job) -> None:
         self._commands.put(lambda: self._end(job))
 
-    def _new_cache(self) -> KVCache:
-        return self._model.cache(self._budget)
-
     def _run(self) -> None:
         busy = False
-        while self._obey(wait=not busy):
-            busy = self.step()
+        try:
+            while self.obey(wait=not busy):
+                busy = self.step()
+        except BaseException:
+            self._on_crash()
+            raise
 
-    def _obey(self, *, wait: bool) -> bool:
+    def obey(self, *, wait: bool) -> bool:
         """Carry out queued commands; False when told to stop."""
         try:
             while True:
@@ -89,18 +101,34 @@ class Runner:
                 command()
                 wait = False
         except queue.Empty:
+            self._outbox.flush()
             return True
 
     def _admit(self, job: Job) -> None:
         if job.ended:  # cancelled before it was admitted
             return
-        if self._scheduler.full:
-            job.fail(EngineBusy("too many requests wait for the model; try again soon"))
+        job.outbox = self._outbox
+        if refused := self._refusal(job):
+            job.fail(refused)
             return
+        job.number = next(self._numbers)
         job.n_open = len(job.prompts)
         for index, prompt in enumerate(job.prompts):
-            tokens = list(prompt.tokens)
-            self._scheduler.add(Sequence(job, index, prompt, self._new_cache(), tokens))
+            # The last token of a continuation is scored, and nothing after it.
+            tokens = [*prompt.tokens, *job.continuation[:-1]]
+            cache = self._model.new_cache()
+            self._scheduler.add(Sequence(job, index, prompt, cache, tokens))
+
+    def _refusal(self, job: Job) -> FortPointError | None:
+        most, request = self._scheduler.max_batch, job.request
+        if isinstance(request, Generate) and request.sampling.n > most:
+            return InvalidRequest(f"this engine gives at most {most} answers at once", param="n")
+        if self._scheduler.full:
+            crowding = self._scheduler.waiting.crowding(job.tenant)
+            if crowding is None:
+                return _busy()
+            self._fail(crowding.job, _busy())
+        return None
 
     def _let_proceed(self, job: Job) -> None:
         job.proceeding = True
@@ -115,85 +143,69 @@ class Runner:
     def step(self) -> bool:
         """Compute one step; False when there is nothing to compute."""
         works = self._scheduler.plan()
-        with torch.inference_mode():
-            for kind in (Generate, Scan, Embed):
-                same = [work for work in works if isinstance(work.sequence.job.request, kind)]
-                if same:
-                    self._compute(kind, same)
+        if works:
+            self._compute(works)
+        self._outbox.flush()
         return bool(works)
 
-    def _compute(self, kind: type, works: Many[Work]) -> None:
+    def _compute(self, works: Many[Work]) -> None:
+        before = [work.sequence.cache.length for work in works]
         try:
-            x, read = self._forward(kind, works)
-        except (RuntimeError, MemoryError):
-            for work in works:
-                work.sequence.job.fail(EngineError("the engine failed on this request"))
-                self._end(work.sequence.job)
+            done = self._passes.compute(works)
+        except Exception as error:  # noqa: BLE001 - the edge: whatever it is, it is one request's
+            print(f"engine: a step failed: {type(error).__name__}", file=sys.stderr, flush=True)
+            self._blame(works, before)
+        else:
+            self._advance(done)
+
+    def _blame(self, works: Many[Work], before: Many[int]) -> None:
+        """The failed step's works one by one; the one that fails alone has failed."""
+        for work, length in zip(works, before, strict=True):
+            job = work.sequence.job
+            if job.ended:
+                continue
+            if len(works) > 1 and work.sequence.cache.length == length:
+                self._compute([work])
+            else:
+                self._fail(job, EngineError("the engine failed on this request"))
+
+    def _fail(self, job: Job, error: FortPointError) -> None:
+        job.fail(error)
+        self._end(job)
+
+    def _advance(self, done: Pass) -> None:
+        """Note what was computed; whatever is complete goes on or ends."""
+        ready: list[Computed] = []
+        for computed in done.works:
+            sequence = computed.work.sequence
+            job = sequence.job
+            if job.ended:
+                continue
+            if computed.fault is not None:
+                self._fail(job, computed.fault)
+                continue
+            self._note(sequence, computed.part)
+            if not job.is_generation:
+                self._results.advance(done, computed)
+            elif sequence.n_missing == 0:
+                ready.append(computed)
+        self._answers.advance(done, [c for c in ready if not c.work.sequence.job.ended])
+
+    @staticmethod
+    def _note(sequence: Sequence, part: Part) -> None:
+        if sequence.job.is_embedding:
             return
-        ready, end = [], 0
-        for work in works:
-            sequence, start, end = work.sequence, end, end + work.n_rows
-            if sequence.answer is None:
-                sequence.read.append(read[start:end])
-            if kind is Embed:
-                pooled = self._model.normed(x[start:end]).float().sum(0)
-                sequence.pooled = pooled if sequence.pooled is None else sequence.pooled + pooled
-            if sequence.n_missing == 0:
-                ready.append((sequence, end - 1))
-        if ready:
-            self._advance(kind, ready, x)
-
-    def _forward(self, kind: type, works: Many[Work]) -> tuple[Tensor, Tensor]:
-        """Residual stream ``[n_rows, d_model]`` and the probes' logits ``[n_rows, n_probes]``."""
-        tokens: list[int] = []
-        spans: list[Span] = []
-        for work in works:
-            sequence, start = work.sequence, work.sequence.cache.length
-            spans.append(Span(sequence.cache, len(tokens), len(tokens) + work.n_rows))
-            tokens.extend(sequence.tokens[start : start + work.n_rows])
-        probes, logits = self._probes, self._probes.new_logits(len(tokens))
-
-        def read(layer: int, x: Tensor) -> None:
-            probes.add(layer, x, logits)
-
-        until = probes.last_layer if kind is Scan else None
-        return self._model.forward(tokens, spans, read, until_layer=until), logits
-
-    def _advance(self, kind: type, ready: Many[tuple[Sequence, int]], x: Tensor) -> None:
-        if kind is Generate:
-            logits = self._model.logits(x[[row for _, row in ready]])
-            finite = torch.isfinite(logits).all(dim=-1).tolist()
-            for (sequence, _), row, sound in zip(ready, logits, finite, strict=True):
-                if sound:
-                    reading = None if sequence.answer else self._reading(sequence)
-                    self._answers.advance(sequence, row, reading)
-                else:
-                    sequence.job.fail(EngineError("the model computed no finite answer"))
-                    self._end(sequence.job)
+        sequence.newest = part
+        if sequence.answer is None:
+            sequence.read.append(part)
+        elif sequence.job.shares_answer:
+            sequence.read.append(Part(part.logits))
+        if sequence.published or not sequence.job.shares:
             return
-        for sequence, _ in ready:
-            self._complete(sequence)
+        if sequence.cache.length >= sequence.n_prompt > 0:
+            sequence.published = True
+            sequence.publish(sequence.n_prompt)
 
-    def _complete(self, sequence: Sequence) -> None:
-        """The end of a scan, or of one text of an embedding."""
-        job = sequence.job
-        self._scheduler.remove(sequence)
-        usage = Usage(job.n_prompt_tokens)
-        if sequence.pooled is None:
-            job.send(Scanned(job.request.id, usage, self._reading(sequence)), last=True)
-            return
-        unit = torch.nn.functional.normalize(sequence.pooled, dim=0)
-        job.vectors[sequence.index] = tuple(unit.tolist())
-        if len(job.vectors) == len(job.prompts):
-            vectors = tuple(job.vectors[i] for i in range(len(job.prompts)))
-            job.send(Embedded(job.request.id, usage, vectors), last=True)
 
-    def _reading(self, sequence: Sequence) -> Reading:
-        logits = torch.cat(sequence.read).contiguous()
-        sequence.read.clear()
-        return Reading(
-            probes=self._probes.names,
-            n_tokens=len(logits),
-            logits=logits.numpy().astype("<f4").tobytes(),
-            segments=sequence.prompt.segments,
-        )
+def _busy() -> EngineBusy:
+    return EngineBusy("too many requests wait for the model; try again soon")

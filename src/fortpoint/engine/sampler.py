@@ -11,7 +11,7 @@ as likely as its last kept token, so ties at the edge stay.
     [chosen] = choose(logits, states)
 
 numpy does the work: on rows of this size its single thread beats torch's, and it never waits
-for a core that a neighbour holds.
+for a core that a neighbour holds. Rows that are merely greedy cost one ``argmax``.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from fortpoint.engine.protocol import Sampling
 from fortpoint.errors import EngineError, FortPointError
 
 Row = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.float32]
 
 MAX_LOGPROBS = 5
 _GREEDY_BELOW = 1e-5
 _LIKELY = np.float32(1e-4)  # of the likeliest token's probability: nearly all nuclei end above it
 _DECIMALS = 2
+_BLOCK = 256  # values whose sum or maximum is taken first, so that few are left to look at
 
 
 class Constraint(Protocol):
@@ -79,47 +79,67 @@ class Sampler:
             self.seen = _Seen(prompt_tokens)
         elif sampling.presence_penalty or sampling.frequency_penalty:
             self.seen = _Seen(())
+        self._free = self.seen is None and grammar is None
+        self._greedy = sampling.temperature < _GREEDY_BELOW
+        self._plain = self._free and self._greedy and sampling.logprobs is None
 
-    def choose(self, row: Row) -> Chosen:
-        """The next token by ``row`` ``[vocab]``, which stays as it is. Raises ``EngineError``."""
+    def choose(self, row: Row, likeliest: int) -> Chosen:
+        """The next token by ``row`` ``[vocab]``, which stays as it is. Raises ``EngineError``.
+
+        ``likeliest`` is the first of the row's largest.
+        """
+        if self._plain:
+            return Chosen(likeliest)
         scores = row
-        if self.seen is not None or self.grammar is not None:
+        if not self._free:
             scores = row.copy()
-        if self.seen is not None:
-            self.seen.penalise(scores, self.sampling)
-        if self.grammar is not None:
-            self.grammar.mask(scores)
-        token = _pick(scores, self.sampling, self.source)
-        if self.seen is not None:
-            self.seen.add(token)
-        if self.grammar is not None:
-            self.grammar.accept(token)
+            self._adjust(scores)
+            likeliest = int(scores.argmax())
+            if scores[likeliest] == -np.inf:
+                raise EngineError("no token of this model fits the schema here; try another schema")
+        token = likeliest if self._greedy else _pick(scores, likeliest, self.sampling, self.source)
+        self._note(token)
         if self.sampling.logprobs is None:
             return Chosen(token)
         return _with_logprobs(token, row, min(self.sampling.logprobs, MAX_LOGPROBS))
 
+    def _adjust(self, scores: Row) -> None:
+        if self.seen is not None:
+            self.seen.penalise(scores, self.sampling)
+        if self.grammar is not None:
+            self.grammar.mask(scores)
 
-def choose(logits: Tensor, states: Sequence[Sampler]) -> list[Chosen | FortPointError]:
-    """The next token of each row of ``logits`` ``[n, vocab]`` (float32, finite).
+    def _note(self, token: int) -> None:
+        if self.seen is not None:
+            self.seen.add(token)
+        if self.grammar is not None:
+            self.grammar.accept(token)
+
+
+def choose(
+    logits: Rows, states: Sequence[Sampler], likeliest: npt.NDArray[np.intp] | None = None
+) -> list[Chosen | FortPointError]:
+    """The next token of each row of ``logits`` ``[n, vocab]`` (finite).
 
     Takes note of it in the row's state. A row that has no next token gets its own error, and
-    the others go on.
+    the others go on. ``likeliest`` ``[n]`` is each row's argmax, where it is known already.
     """
+    if likeliest is None:
+        likeliest = logits.argmax(axis=1)
     with np.errstate(over="ignore"):  # huge logits: what is infinitely unlikely has weight 0
-        return [_attempt(row, state) for row, state in zip(logits.numpy(), states, strict=True)]
+        return [
+            _attempt(state, row, top)
+            for row, state, top in zip(logits, states, likeliest.tolist(), strict=True)
+        ]
 
 
-def sample(logits: Tensor, sampling: Sampling, source: torch.Generator) -> int:
-    """One token id by ``logits`` ``[vocab]``, by temperature and the kept set alone."""
-    return _pick(logits.numpy(), sampling, source)
+def generator(seed: int | None, choice: int) -> np.random.Generator:
+    """A source of randomness of one answer: the same seed and choice give the same answer.
 
-
-def generator(seed: int | None, choice: int) -> torch.Generator:
-    """A source of randomness of one answer: the same seed and choice give the same answer."""
-    made = torch.Generator()
-    base = secrets.randbits(63) if seed is None else seed
-    made.manual_seed((base + choice * 0x9E3779B97F4A7C15) % 2**63)
-    return made
+    Philox (Salmon et al., SC 2011) keyed with both, so that no two answers share a stream.
+    """
+    base = secrets.randbits(64) if seed is None else seed % 2**64
+    return np.random.Generator(np.random.Philox(key=base + (choice << 64)))
 
 
 class _Seen:
@@ -146,20 +166,15 @@ class _Seen:
         row[self._tokens] = logits
 
 
-def _attempt(row: Row, state: Sampler) -> Chosen | FortPointError:
+def _attempt(state: Sampler, row: Row, likeliest: int) -> Chosen | FortPointError:
     try:
-        return state.choose(row)
+        return state.choose(row, likeliest)
     except FortPointError as error:
         return error
 
 
-def _pick(row: Row, sampling: Sampling, source: torch.Generator) -> int:
-    """One token id; at temperature 0 the first of the largest."""
-    likeliest = int(row.argmax())
-    if row[likeliest] == -np.inf:
-        raise EngineError("no token of this model fits the schema here; try another schema")
-    if sampling.temperature < _GREEDY_BELOW:
-        return likeliest
+def _pick(row: Row, likeliest: int, sampling: Sampling, source: np.random.Generator) -> int:
+    """One token id, drawn from what temperature and the kept set leave."""
     scaled = row - row[likeliest]
     scaled /= np.float32(sampling.temperature)
     weights = np.exp(scaled, out=scaled)  # the likeliest token's is 1
@@ -179,6 +194,11 @@ def _pick(row: Row, sampling: Sampling, source: torch.Generator) -> int:
 
 def _largest(values: Row, k: int) -> np.float32:
     """The ``k``-th largest value."""
+    n_blocks = len(values) // _BLOCK
+    if k <= n_blocks:  # no less than the k-th largest of the blocks' maxima: few are left
+        starts = np.arange(0, n_blocks * _BLOCK, _BLOCK)
+        maxima = np.maximum.reduceat(values, starts)
+        values = values[values >= np.partition(maxima, n_blocks - k)[n_blocks - k]]
     at = len(values) - k
     return np.float32(np.partition(values, at)[at])
 
@@ -191,24 +211,33 @@ def _end_of_nucleus(weights: Row, top_p: float) -> np.float32:
     wanted = top_p * float(weights.sum(dtype=np.float64))
     for likely in (weights[weights >= _LIKELY], weights):
         ordered = np.sort(likely)[::-1]
-        mass = _cumulated(ordered)
+        mass = ordered.cumsum(dtype=np.float64)
         if mass[-1] >= wanted:
             break
     end = min(int(np.searchsorted(mass, wanted)), len(ordered) - 1)
     return np.float32(ordered[end])
 
 
-def _cumulated(weights: Row) -> npt.NDArray[np.float64]:
-    """Sums of the first one, two, ... weights; torch's are four times as fast as numpy's."""
-    return torch.from_numpy(weights.copy()).cumsum(0, dtype=torch.float64).numpy()
+def _draw(weights: Row, source: np.random.Generator) -> int:
+    """An index with probability proportional to its weight; never one of weight 0.
+
+    First a block of weights by the blocks' sums, then one within it.
+    """
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float32)
+    block, rest = _locate(sums, source.random())
+    start = block * _BLOCK
+    within, _ = _locate(weights[start : start + _BLOCK], rest)
+    return start + within
 
 
-def _draw(weights: Row, source: torch.Generator) -> int:
-    """An index with probability proportional to its weight; never one of weight 0."""
-    mass = _cumulated(weights)
-    drawn = float(torch.rand((), dtype=torch.float64, generator=source)) * mass[-1]
+def _locate(weights: Row, share: float) -> tuple[int, float]:
+    """Where ``share`` (0 to 1) of the sum is reached, and how far into that weight (0 to 1)."""
+    mass = weights.cumsum(dtype=np.float64)
+    wanted = share * mass[-1]
     last = np.searchsorted(mass, mass[-1], side="left")
-    return int(min(np.searchsorted(mass, drawn, side="right"), last))
+    index = int(min(np.searchsorted(mass, wanted, side="right"), last))
+    before = float(mass[index - 1]) if index else 0.0
+    return index, min(max((wanted - before) / float(weights[index]), 0.0), 1.0)
 
 
 def _with_logprobs(token: int, row: Row, n_top: int) -> Chosen:

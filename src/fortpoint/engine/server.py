@@ -1,16 +1,20 @@
 """The engine's socket: frames in, jobs to the runner, events out.
 
 A connection owns what it asked for: when it closes, or breaks the protocol, or stops
-reading its events, all of its jobs are cancelled and nobody else notices.
+reading its events, all of its jobs are cancelled and nobody else notices. All events of a step
+that go to one connection are one write.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from collections.abc import Sequence as Many
 
 from fortpoint.engine import protocol
-from fortpoint.engine.chat import ChatTokenizer, Prompt
+from fortpoint.engine.intake import Intake
 from fortpoint.engine.protocol import (
     Cancel,
     Describe,
@@ -20,17 +24,13 @@ from fortpoint.engine.protocol import (
     Failed,
     Generate,
     Proceed,
+    Request,
     Scan,
     ScoreText,
 )
 from fortpoint.engine.runner import Runner
-from fortpoint.engine.sequence import Job
-from fortpoint.errors import (
-    ContextLengthExceeded,
-    EngineError,
-    FortPointError,
-    InvalidRequest,
-)
+from fortpoint.engine.sequence import Job, Sent
+from fortpoint.errors import EngineError, FortPointError
 
 _MAX_UNREAD_BYTES = 8 * 1024 * 1024
 
@@ -39,107 +39,114 @@ class EngineServer:
     """Serves connections. ``describe`` fills in the answer to ``Describe``."""
 
     def __init__(
-        self,
-        runner: Runner,
-        tokenizer: ChatTokenizer,
-        max_context: int,
-        describe: Callable[[str], Description],
+        self, runner: Runner, intake: Intake, describe: Callable[[str], Description]
     ) -> None:
         self._runner = runner
-        self._tokenizer = tokenizer
-        self._max_context = max_context
+        self._intake = intake
         self._describe = describe
-        self._connections: dict[asyncio.StreamWriter, asyncio.Task[None] | None] = {}
+        self._connections: dict[_Connection, asyncio.Task[None] | None] = {}
+        self._owners: dict[Job, _Connection] = {}
 
     async def close(self) -> None:
         """Hang up on everybody and wait until their jobs are cancelled."""
-        for writer in self._connections:
-            writer.close()
+        for connection in self._connections:
+            connection.writer.close()
         tasks = [task for task in self._connections.values() if task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, until it ends."""
-        self._connections[writer] = asyncio.current_task()
-        jobs: dict[str, Job] = {}
-        tasks: set[asyncio.Task[None]] = set()
-        loop = asyncio.get_running_loop()
-
-        def write(event: Event) -> None:
-            if isinstance(event, protocol.LAST):
-                jobs.pop(event.id, None)
-            if writer.is_closing():
-                return
-            writer.write(protocol.encode(event))
-            if writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
-                writer.transport.abort()
-
-        def emit(event: Event) -> None:  # called from the compute thread
-            loop.call_soon_threadsafe(write, event)
-
+        connection = _Connection(writer)
+        self._connections[connection] = asyncio.current_task()
         try:
             while (request := await protocol.read_request(reader)) is not None:
-                if isinstance(request, Generate | Scan | Embed):
-                    if request.id in jobs:
-                        raise EngineError("this request id is in use")
-                    jobs[request.id] = Job(request, (), emit)
-                    task = asyncio.create_task(self._submit(jobs[request.id], write))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                else:
-                    self._obey(request, jobs, write)
+                self._obey(request, connection)
         except EngineError:
             pass  # not our protocol: hang up
         finally:
-            for job in jobs.values():
+            for job in list(connection.jobs.values()):
+                self._forget(job)
                 self._runner.cancel(job)
             writer.close()
-            del self._connections[writer]
+            del self._connections[connection]
 
-    def _obey(
-        self,
-        request: Describe | Cancel | Proceed | ScoreText,
-        jobs: dict[str, Job],
-        write: Callable[[Event], None],
-    ) -> None:
-        match request:
-            case Describe():
-                write(self._describe(request.id))
-            case ScoreText():
-                write(Failed(request.id, "unsupported", "scoring is not there yet"))
-            case Cancel():
-                if job := jobs.pop(request.id, None):
-                    self._runner.cancel(job)
-            case Proceed():
-                if job := jobs.get(request.id):
-                    self._runner.proceed(job)
+    def deliver(self, sent: Many[Sent]) -> None:
+        """Write a step's events; those of requests that are cancelled or gone are dropped."""
+        frames: defaultdict[_Connection, list[bytes]] = defaultdict(list)
+        for job, event in sent:
+            owner = self._owners.get(job)
+            if owner is None:
+                continue
+            if isinstance(event, protocol.LAST):
+                self._forget(job)
+            frames[owner].append(self._frame(job, event))
+        for connection, ready in frames.items():
+            connection.write(b"".join(ready))
 
-    async def _submit(self, job: Job, write: Callable[[Event], None]) -> None:
-        """Make tokens in a thread (a long text must not hold up the rest), then queue."""
+    def _frame(self, job: Job, event: Event) -> bytes:
+        """The event; in place of one too large for a frame (a huge reading), the job's end."""
         try:
-            job.prompts = await asyncio.to_thread(self._prompts, job.request)
-        except FortPointError as error:
-            write(Failed(job.request.id, error.code, error.message))
-            return
-        self._runner.submit(job)
+            return protocol.encode(event)
+        except EngineError as error:
+            self._forget(job)
+            self._runner.cancel(job)
+            return protocol.encode(Failed(event.id, error.code, error.message))
 
-    def _prompts(self, request: Generate | Scan | Embed) -> tuple[Prompt, ...]:
+    def _obey(self, request: Request, connection: _Connection) -> None:
         match request:
-            case Embed(texts=texts):
-                prompts = tuple(self._tokenizer.text(text) for text in texts)
-            case Generate(prompt=str(text)):
-                prompts = (self._tokenizer.text(text),)
-            case Generate(messages=messages) | Scan(messages=messages):
-                prompts = (self._tokenizer.chat(messages or ()),)
-        answer_tokens = 1 if isinstance(request, Generate) else 0
-        for prompt in prompts:
-            if not prompt.tokens:
-                raise InvalidRequest("a text has no tokens; send at least one character")
-            if len(prompt.tokens) + answer_tokens > self._max_context:
-                raise ContextLengthExceeded(
-                    f"this model's context holds {self._max_context} tokens, "
-                    f"the prompt has {len(prompt.tokens)}; shorten it"
-                )
-        if not prompts:
-            raise InvalidRequest("there is no text to read")
-        return prompts
+            case Generate() | Scan() | Embed() | ScoreText():
+                if request.id in connection.jobs:
+                    raise EngineError("this request id is in use")
+                job = Job(request)
+                connection.jobs[request.id] = job
+                self._owners[job] = connection
+                connection.begin(self._submit(job))
+            case Describe():
+                connection.write(protocol.encode(self._describe(request.id)))
+            case Cancel():
+                if asked := connection.jobs.get(request.id):
+                    self._forget(asked)
+                    self._runner.cancel(asked)
+            case Proceed():
+                if asked := connection.jobs.get(request.id):
+                    self._runner.proceed(asked)
+
+    async def _submit(self, job: Job) -> None:
+        """Prepare in a thread (a long text must not hold up the rest), then queue."""
+        try:
+            await asyncio.to_thread(self._intake.prepare, job)
+        except FortPointError as error:
+            self._refuse(job, error)
+        except Exception as error:  # noqa: BLE001 - the edge: the request fails, closed
+            print(f"engine: a request failed: {type(error).__name__}", file=sys.stderr, flush=True)
+            self._refuse(job, EngineError("the engine failed on this request"))
+        else:
+            self._runner.submit(job)
+
+    def _refuse(self, job: Job, error: FortPointError) -> None:
+        self.deliver([Sent(job, Failed(job.request.id, error.code, error.message))])
+
+    def _forget(self, job: Job) -> None:
+        if owner := self._owners.pop(job, None):
+            owner.jobs.pop(job.request.id, None)
+
+
+class _Connection:
+    """One peer: what it asked for and has not got, and its socket."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self.jobs: dict[str, Job] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, submission: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(submission)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def write(self, frames: bytes) -> None:
+        if self.writer.is_closing():
+            return
+        self.writer.write(frames)
+        if self.writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
+            self.writer.transport.abort()

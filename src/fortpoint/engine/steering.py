@@ -1,13 +1,13 @@
 """Changes the residual stream while it is computed, each request's rows in its own way.
 
-A request's wishes are checked and compiled once into a ``Plan``. Each step, ``Steering`` makes
-one ``Batch`` of all plans, whose few tensor operations a layer change every steered row at
-once; it is kept for the next step as long as the same requests sit in the same rows.
+A request's wishes are checked and compiled once into a ``Plan``. Each step, ``Steering`` lays
+all plans out as one table of ``Edits``, which the forward pass carries out row by row; it is
+kept for the next step as long as the same requests sit in the same rows.
 
     plan = Plan.compile(request.steer, request.stop_when, library)
-    batch = steering.batch([Steered(plan, 0, 1, first_position=40, n_prompt_tokens=31)])
-    x = batch(layer, x)  # after each block
-    outcome = batch.finish()  # rows whose answer ends, rows that diverged
+    edits = steering.edits([Steered(plan, 0, 1, first_position=40, n_prompt_tokens=31)], n_rows=8)
+    model.forward(Step(..., edits=edits))
+    outcome = edits.outcome()  # rows whose answer ends, rows that diverged
 
 With ``z = x . encoder + bias``, ``f`` = ``z`` above the feature's threshold, else 0, and ``max``
 its training maximum, one change is
@@ -25,12 +25,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fortpoint.engine.compiled.rows import steer
 from fortpoint.engine.protocol import Condition, Steer
 from fortpoint.errors import InvalidRequest
 from fortpoint.features.library import Library, Target
@@ -38,10 +42,6 @@ from fortpoint.features.library import Library, Target
 MAX_STEERS = 16
 MAX_STOP_CONDITIONS = 16
 MAX_STRENGTH = 100.0
-MAX_GROWTH = 1e4
-"""A change that multiplies a row's norm by more has diverged."""
-
-_HUGE = torch.finfo(torch.float32).max
 _MODES = ("add", "clamp", "ablate")
 _SCOPES = ("all", "answer")
 
@@ -119,10 +119,10 @@ def _change(wish: Steer, library: Library) -> _Change:
     ablate = wish.mode == "ablate"
     return _Change(
         layer=target.layer,
-        encoder=encoder,
+        encoder=_vector(encoder),
         bias=bias,
         limit=limit,
-        decoder=_unit(target.decoder) if ablate else target.decoder,
+        decoder=_vector(_unit(target.decoder) if ablate else target.decoder),
         goal=0.0 if ablate else wish.strength * target.training_max,
         answer_only=wish.scope == "answer",
         when=when,
@@ -149,7 +149,13 @@ def _read(condition: Condition, library: Library) -> _Read:
     # An activation is 0 or above its threshold: more than a negative number it always is.
     limit = max(target.threshold, condition.above * target.training_max)
     always = condition.above < 0
-    return _Read(target.layer, target.encoder, target.bias, -math.inf if always else limit)
+    encoder = _vector(target.encoder)
+    return _Read(target.layer, encoder, target.bias, -math.inf if always else limit)
+
+
+def _vector(values: Tensor) -> Tensor:
+    """As the forward pass reads it through its address."""
+    return values.detach().float().contiguous()
 
 
 @dataclass(frozen=True)
@@ -181,194 +187,144 @@ class Outcome:
 
 
 class Steering:
-    """Makes each step's ``Batch``; remembers the last one's layout. One thread uses it."""
+    """Makes each step's ``Edits``; remembers the last ones. One thread uses it."""
 
     def __init__(self) -> None:
-        self._key: tuple[tuple[int, int, int, int], ...] = ()
+        self._key: tuple[object, ...] = ()
         self._plans: tuple[Plan, ...] = ()  # kept alive: the key has their ids
-        self._layout: _Layout | None = None
+        self._edits: Edits | None = None
 
-    def batch(self, rows: Sequence[Steered]) -> Batch | None:
+    def edits(self, rows: Sequence[Steered], n_rows: int) -> Edits | None:
         """None when no row of this step is steered or watched."""
-        key = tuple((id(r.plan), r.start, r.end, r.answer_start) for r in rows)
+        key = (n_rows, *((id(r.plan), r.start, r.end, r.answer_start) for r in rows))
         if key != self._key:
             self._key, self._plans = key, tuple(r.plan for r in rows)
-            layout = _Layout(rows)
-            self._layout = layout if layout.reads or layout.rounds else None
-        return None if self._layout is None else Batch(self._layout)
+            edits = Edits(rows, n_rows)
+            self._edits = edits if edits.n_entries else None
+        if self._edits is not None:
+            self._edits.begin()
+        return self._edits
 
 
-@dataclass(frozen=True, eq=False)
-class _Reads:
-    """All conditions of one layer; ``numbers`` says which of the step's truths they become."""
+class EditTable(NamedTuple):
+    """What ``compiled.rows.steer`` reads, an entry for each change or condition of a row.
 
-    rows: Tensor  # [n]
-    encoder: Tensor  # [n, d_model, 1]
-    bias: Tensor  # [n, 1, 1]
-    limit: Tensor  # [n, 1, 1]
-    numbers: Tensor  # [n]
+    ``encoder`` and ``decoder`` are addresses of ``[d_model]`` float32. An entry that has a
+    number in ``writes_truth`` is a condition; ``gate`` is the truth that must hold, or -1.
+    """
 
-    @classmethod
-    def of(cls, entries: Sequence[tuple[range, _Read, int]]) -> _Reads:
-        counts = [len(where) for where, _, _ in entries]
-        reads = [read for _, read, _ in entries]
-        return cls(
-            rows=_numbers(where for where, _, _ in entries),
-            encoder=_spread(torch.stack([r.encoder for r in reads]), counts).unsqueeze(-1),
-            bias=_spread(torch.tensor([r.bias for r in reads]), counts).view(-1, 1, 1),
-            limit=_spread(torch.tensor([r.limit for r in reads]), counts).view(-1, 1, 1),
-            numbers=_numbers(
-                range(first, first + n) for (_, _, first), n in zip(entries, counts, strict=True)
-            ),
-        )
+    encoder: NDArray[np.int64]
+    decoder: NDArray[np.int64]
+    bias: NDArray[np.float32]
+    limit: NDArray[np.float32]
+    goal: NDArray[np.float32]
+    gate: NDArray[np.int64]
+    writes_truth: NDArray[np.int64]
+    truths: NDArray[np.uint8]
+    diverged: NDArray[np.uint8]
 
 
-@dataclass(frozen=True, eq=False)
-class _Round:
-    """The k-th change of every row that has one at this layer."""
+@dataclass(frozen=True)
+class _Entry:
+    """One change, or one condition that becomes the truth of a number."""
 
-    rows: Tensor  # [n]
-    encoder: Tensor  # [n, d_model, 1]
-    bias: Tensor  # [n, 1, 1]
-    limit: Tensor  # [n, 1, 1]
-    decoder: Tensor  # [n, d_model]
-    goal: Tensor  # [n, 1, 1]
-    gates: Tensor | None  # [n]: which of the step's truths must hold; None where all go ahead
-
-    @classmethod
-    def of(cls, entries: Sequence[tuple[range, _Change, int]]) -> _Round:
-        counts = [len(where) for where, _, _ in entries]
-        changes = [change for _, change, _ in entries]
-        gated = any(first for _, _, first in entries)
-        gates = (
-            range(first, first + n) if first else [0] * n
-            for (_, _, first), n in zip(entries, counts, strict=True)
-        )
-        return cls(
-            rows=_numbers(where for where, _, _ in entries),
-            encoder=_spread(torch.stack([c.encoder for c in changes]), counts).unsqueeze(-1),
-            bias=_spread(torch.tensor([c.bias for c in changes]), counts).view(-1, 1, 1),
-            limit=_spread(torch.tensor([c.limit for c in changes]), counts).view(-1, 1, 1),
-            decoder=_spread(torch.stack([c.decoder for c in changes]), counts),
-            goal=_spread(torch.tensor([c.goal for c in changes]), counts).view(-1, 1, 1),
-            gates=_numbers(gates) if gated else None,
-        )
+    what: _Change | _Read
+    gate: int = -1
+    truth: int = -1
 
 
-def _numbers(ranges: Iterable[Iterable[int]]) -> Tensor:
-    return torch.tensor([number for numbers in ranges for number in numbers])
+class Edits:
+    """All changes of one composition of a batch, by layer and row.
 
+    The entries of layer ``l`` and row ``r`` are ``starts[l * n_rows + r]`` up to the next one's.
+    """
 
-def _spread(per_request: Tensor, counts: list[int]) -> Tensor:
-    """Each request's entry once for each of its rows."""
-    if all(count == 1 for count in counts):
-        return per_request
-    return per_request.repeat_interleave(torch.tensor(counts), dim=0)
-
-
-@dataclass
-class _Part:
-    """What is gathered for one layer before it becomes tensors."""
-
-    reads: list[tuple[range, _Read, int]] = field(default_factory=list)
-    rounds: list[list[tuple[range, _Change, int]]] = field(default_factory=list)
-
-
-class _Layout:
-    """Where everything lies for one composition of a batch; it holds no state of a step."""
-
-    def __init__(self, rows: Sequence[Steered]) -> None:
-        self.n_truths = 1  # truth number 0 always holds
-        self.stops: list[tuple[int, int]] = []  # (number of the truth, row)
-        parts: defaultdict[int, _Part] = defaultdict(_Part)
+    def __init__(self, rows: Sequence[Steered], n_rows: int) -> None:
+        self._n_rows = n_rows
+        self._n_truths = 0
+        self._stops: list[tuple[int, int]] = []  # (number of the truth, row)
+        reads: defaultdict[tuple[int, int], list[_Entry]] = defaultdict(list)
+        changes: defaultdict[tuple[int, int], list[_Entry]] = defaultdict(list)
         for steered in rows:
-            self._add(steered, parts)
-        self.reads = {layer: _Reads.of(part.reads) for layer, part in parts.items() if part.reads}
-        self.rounds = {
-            layer: [_Round.of(entries) for entries in part.rounds]
-            for layer, part in parts.items()
-            if part.rounds
-        }
+            self._add(steered, reads, changes)
+        self.starts, entries = _ordered(reads, changes, n_rows)
+        self.n_entries = len(entries)
+        self._kept = rows  # whose plans hold the vectors that the table points to
+        self.table = _table(entries, self._n_truths, n_rows)
 
-    def _add(self, steered: Steered, parts: defaultdict[int, _Part]) -> None:
-        everywhere = range(steered.start, steered.end)
+    def begin(self) -> None:
+        """Before a step."""
+        self.table.truths[:] = 0
+        self.table.diverged[:] = 0
+
+    def apply(self, layer: int, x: NDArray[np.float32], first_row: int = 0) -> None:
+        """For models in Python: change ``x``, rows ``first_row`` and on, in place."""
+        columns = np.array([column.ctypes.data for column in self.table], np.int64)
+        for i, row in enumerate(x):
+            place = layer * self._n_rows + first_row + i
+            if place + 1 < len(self.starts) and self.starts[place] < self.starts[place + 1]:
+                first, last = self.starts[place], self.starts[place + 1]
+                address = row.ctypes.data
+                steer(address, first, last, columns.ctypes.data, first_row + i, x.shape[1])
+
+    def outcome(self) -> Outcome:
+        """What came of the step."""
+        stopped = frozenset(row for number, row in self._stops if self.table.truths[number])
+        return Outcome(stopped, frozenset(np.flatnonzero(self.table.diverged).tolist()))
+
+    def _add(
+        self,
+        steered: Steered,
+        reads: defaultdict[tuple[int, int], list[_Entry]],
+        changes: defaultdict[tuple[int, int], list[_Entry]],
+    ) -> None:
         answer = range(steered.answer_start, steered.end)
-        n_before: defaultdict[int, int] = defaultdict(int)
+        everywhere = range(steered.start, steered.end)
         for change in steered.plan.changes:
-            where = answer if change.answer_only else everywhere
-            if not where:
-                continue
-            gate = 0 if change.when is None else self._read(change.when, where, parts)
-            rounds = parts[change.layer].rounds
-            if n_before[change.layer] == len(rounds):
-                rounds.append([])
-            rounds[n_before[change.layer]].append((where, change, gate))
-            n_before[change.layer] += 1
-        for stop in steered.plan.stops if answer else ():
-            first = self._read(stop, answer, parts)
-            self.stops += [(first + i, row) for i, row in enumerate(answer)]
+            for row in answer if change.answer_only else everywhere:
+                gate = -1 if change.when is None else self._truth(change.when, row, reads)
+                changes[change.layer, row].append(_Entry(change, gate=gate))
+        for stop in steered.plan.stops:
+            self._stops += [(self._truth(stop, row, reads), row) for row in answer]
 
-    def _read(self, read: _Read, where: range, parts: defaultdict[int, _Part]) -> int:
-        """Have ``read`` done at these rows; returns the number of the first of its truths."""
-        first = self.n_truths
-        self.n_truths += len(where)
-        parts[read.layer].reads.append((where, read, first))
-        return first
+    def _truth(
+        self, read: _Read, row: int, reads: defaultdict[tuple[int, int], list[_Entry]]
+    ) -> int:
+        """Have ``read`` done at this row; returns the number of its truth."""
+        number = self._n_truths
+        self._n_truths += 1
+        reads[read.layer, row].append(_Entry(read, truth=number))
+        return number
 
 
-class Batch:
-    """One step's steering: call it after each block, then ``finish``."""
+def _ordered(
+    reads: Mapping[tuple[int, int], list[_Entry]],
+    changes: Mapping[tuple[int, int], list[_Entry]],
+    n_rows: int,
+) -> tuple[NDArray[np.int64], list[_Entry]]:
+    """Entries by layer and row, conditions first, and where each row's begin."""
+    places = sorted({*reads, *changes})
+    n_layers = places[-1][0] + 1 if places else 0
+    counts = np.zeros(n_layers * n_rows + 1, np.int64)
+    entries: list[_Entry] = []
+    for layer, row in places:
+        own = [*reads.get((layer, row), ()), *changes.get((layer, row), ())]
+        counts[layer * n_rows + row + 1] = len(own)
+        entries += own
+    return np.cumsum(counts), entries
 
-    def __init__(self, layout: _Layout) -> None:
-        self._layout = layout
-        self._truths = torch.ones(layout.n_truths)
-        self._changed: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, before, after
 
-    def __call__(self, layer: int, x: Tensor) -> Tensor:
-        """``x`` ``[n_rows, d_model]`` itself, or a changed copy."""
-        reads, rounds = self._layout.reads.get(layer), self._layout.rounds.get(layer)
-        if reads is not None:
-            self._read(reads, x)
-        if rounds is None:
-            return x
-        changed = x.clone()
-        for round_ in rounds:
-            self._change(round_, changed)
-        return changed
-
-    def finish(self) -> Outcome:
-        """What came of this step; call it once, after the last block."""
-        return Outcome(self._stopped(), self._diverged())
-
-    def _read(self, reads: _Reads, x: Tensor) -> None:
-        rows = x.index_select(0, reads.rows).float()
-        z = torch.baddbmm(reads.bias, rows.unsqueeze(1), reads.encoder)
-        self._truths.index_copy_(0, reads.numbers, (z > reads.limit).view(-1).float())
-
-    def _change(self, round_: _Round, x: Tensor) -> None:
-        """Make one round's changes in ``x``, which is our own copy."""
-        before = x.index_select(0, round_.rows).float()
-        z = torch.baddbmm(round_.bias, before.unsqueeze(1), round_.encoder)
-        scale = torch.addcmul(round_.goal, z, z > round_.limit, value=-1).view(-1, 1)
-        if round_.gates is not None:
-            scale = scale * self._truths.index_select(0, round_.gates).unsqueeze(1)
-        after = torch.addcmul(before, scale, round_.decoder)
-        x.index_copy_(0, round_.rows, after.to(x.dtype))
-        self._changed.append((round_.rows, before, after))
-
-    def _stopped(self) -> frozenset[int]:
-        if not self._layout.stops:
-            return frozenset()
-        truths = self._truths.tolist()
-        return frozenset(row for number, row in self._layout.stops if truths[number])
-
-    def _diverged(self) -> frozenset[int]:
-        """Rows with a change to values that are not finite, or ``MAX_GROWTH`` times as long."""
-        if not self._changed:
-            return frozenset()
-        rows, before, after = (torch.cat(tensors) for tensors in zip(*self._changed, strict=True))
-        limit = torch.linalg.vector_norm(before, dim=-1).mul_(MAX_GROWTH).clamp_(1.0, _HUGE)
-        sound = torch.linalg.vector_norm(after, dim=-1) <= limit  # NaN is not
-        if sound.all():
-            return frozenset()
-        return frozenset(rows[~sound].tolist())
+def _table(entries: Sequence[_Entry], n_truths: int, n_rows: int) -> EditTable:
+    whats = [entry.what for entry in entries]
+    changes = [what if isinstance(what, _Change) else None for what in whats]
+    return EditTable(
+        encoder=np.array([what.encoder.data_ptr() for what in whats], np.int64),
+        decoder=np.array([c.decoder.data_ptr() if c else 0 for c in changes], np.int64),
+        bias=np.array([what.bias for what in whats], np.float32),
+        limit=np.array([what.limit for what in whats], np.float32),
+        goal=np.array([c.goal if c else 0.0 for c in changes], np.float32),
+        gate=np.array([entry.gate for entry in entries], np.int64),
+        writes_truth=np.array([entry.truth for entry in entries], np.int64),
+        truths=np.zeros(n_truths, np.uint8),
+        diverged=np.zeros(n_rows, np.uint8),
+    )

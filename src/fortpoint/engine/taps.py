@@ -1,12 +1,13 @@
 """Reads probes and features in the residual stream, for next to nothing.
 
-While a step is computed, only references to the layers' residuals are kept (nobody changes
-them in place). At its end all probes are one product over all rows and layers, and each
-dictionary that somebody watches is one product over the rows that watch it.
+The forward pass keeps a copy of the layers that somebody reads. Then all probes are one small
+product over all rows, and each dictionary that somebody watches is one product over the rows
+that watch it (``compiled/reading.py``), which needs no interpreter lock: it may run while the
+next tokens are chosen.
 
-    step = taps.begin([Rows(0, 1, watch=None), Rows(1, 65, watch=Watch(("l15",), top=32))])
-    step.see(layer, x)  # after each block, and after steering
-    parts = step.finish()  # one ``Part`` for each ``Rows``
+    rows = [Rows(0, 1, watch=None), Rows(1, 65, watch=Watch(("l15",), top=32))]
+    result = model.forward(Step(..., tap_layers=taps.layers(rows)))
+    parts = taps.read(rows, result.seen)  # one ``Part`` for each ``Rows``
     reading = taps.reading(parts_of_the_prompt, segments)
 
 A prompt that was computed in chunks has a part of each; ``reading`` puts them together.
@@ -14,15 +15,20 @@ A prompt that was computed in chunks has a part of each; ``reading`` puts them t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from fortpoint.engine.compiled import packed
+from fortpoint.engine.compiled.reading import Reading as Entry
+from fortpoint.engine.compiled.reading import feature_reader
+from fortpoint.engine.compiled.rows import Activations
+from fortpoint.engine.compiled.vector import LANES
 from fortpoint.engine.linear_probe import LinearProbes
+from fortpoint.engine.model import Floats
 from fortpoint.engine.protocol import Watch
 from fortpoint.errors import InvalidRequest
 from fortpoint.features.library import Library
@@ -83,14 +89,32 @@ class Taps:
         layers = [self._library.dictionary(name).layer for name in names]
         return max(layers, default=self.probes.last_layer)
 
-    def begin(self, rows: Sequence[Rows]) -> StepTaps:
-        """Watch these rows of one step."""
-        watched: dict[str, list[Rows]] = {}
-        for part in rows:
+    def layers(self, rows: Sequence[Rows]) -> tuple[int, ...]:
+        """The layers whose residual stream ``read`` needs."""
+        names = {name for part in rows if part.watch for name in part.watch.dictionaries}
+        watched = {self._library.dictionary(name).layer for name in names}
+        return tuple(sorted({*self.probes.layers, *watched}))
+
+    def read(self, rows: Sequence[Rows], seen: Mapping[int, Floats]) -> list[Part]:
+        """What is at these rows, in their order; ``seen`` has all of the step's rows."""
+        n_rows = max((part.end for part in rows), default=0)
+        logits = self.probes.read({layer: seen[layer][:n_rows] for layer in seen}, n_rows)
+        watched: dict[str, list[int]] = {}
+        for number, part in enumerate(rows):
             for name in part.watch.dictionaries if part.watch else ():
-                watched.setdefault(name, []).append(part)
-        encoders = {name: self._encoder(name) for name in watched}
-        return StepTaps(self.probes, rows, watched, encoders)
+                watched.setdefault(name, []).append(number)
+        features: list[dict[str, FeaturePart]] = [{} for _ in rows]
+        for name, numbers in watched.items():
+            read = self._features(name, [rows[number] for number in numbers], seen)
+            for number, one in zip(numbers, read, strict=True):
+                features[number][name] = one
+        return [
+            Part(
+                logits[part.start : part.end],
+                tuple(own[name] for name in part.watch.dictionaries) if part.watch else (),
+            )
+            for part, own in zip(rows, features, strict=True)
+        ]
 
     def reading(self, parts: Sequence[Part], segments: tuple[Segment, ...] = ()) -> Reading:
         """One reading of the parts' tokens in order. Without segments it names no probes."""
@@ -107,72 +131,79 @@ class Taps:
         names = self.probes.names if segments else ()
         return Reading(names, len(logits), logits.tobytes(), segments, features)
 
+    def _features(
+        self, name: str, parts: Sequence[Rows], seen: Mapping[int, Floats]
+    ) -> list[FeaturePart]:
+        encoder = self._encoder(name)
+        wanted = np.concatenate([np.arange(part.start, part.end) for part in parts])
+        top = max(part.watch.top for part in parts if part.watch)
+        indices, values = encoder.strongest(seen[encoder.layer], wanted, top)
+        read, end = [], 0
+        for part in parts:
+            start, end = end, end + part.end - part.start
+            top = part.watch.top if part.watch else 0
+            read.append(FeaturePart(name, indices[start:end, :top], values[start:end, :top]))
+        return read
+
     def _encoder(self, name: str) -> _Encoder:
         if name not in self._encoders:
             self._encoders[name] = _Encoder(self._library.dictionary(name))
         return self._encoders[name]
 
 
-class StepTaps:
-    """One step: ``see`` every layer, then ``finish``."""
-
-    def __init__(
-        self,
-        probes: LinearProbes,
-        rows: Sequence[Rows],
-        watched: dict[str, list[Rows]],
-        encoders: dict[str, _Encoder],
-    ) -> None:
-        self._probes = probes
-        self._rows = rows
-        self._watched = watched
-        self._encoders = encoders
-        self._layers = {*probes.layers, *(encoder.layer for encoder in encoders.values())}
-        self._seen: dict[int, Tensor] = {}
-
-    def see(self, layer: int, x: Tensor) -> None:
-        """``x`` ``[n_rows, d_model]`` after block ``layer``; nobody may change it in place."""
-        if layer in self._layers:
-            self._seen[layer] = x
-
-    def finish(self) -> list[Part]:
-        """What was read, in the order of the rows given."""
-        n_rows = max((rows.end for rows in self._rows), default=0)
-        logits = self._probes.read(self._seen, n_rows).numpy()
-        features: dict[int, list[FeaturePart]] = {id(rows): [] for rows in self._rows}
-        for name, groups in self._watched.items():
-            for rows, part in zip(groups, self._features(name, groups), strict=True):
-                features[id(rows)].append(part)
-        return [
-            Part(logits[rows.start : rows.end], tuple(features[id(rows)])) for rows in self._rows
-        ]
-
-    def _features(self, name: str, groups: list[Rows]) -> list[FeaturePart]:
-        encoder = self._encoders[name]
-        x = self._seen[encoder.layer]
-        wanted = [row for rows in groups for row in range(rows.start, rows.end)]
-        if len(wanted) < len(x):
-            x = x[torch.tensor(wanted)]
-        top = max(rows.watch.top for rows in groups if rows.watch)
-        indices, values = encoder.strongest(x, top)
-        parts, end = [], 0
-        for rows in groups:
-            start, end = end, end + rows.end - rows.start
-            top = rows.watch.top if rows.watch else 0
-            parts.append(FeaturePart(name, indices[start:end, :top], values[start:end, :top]))
-        return parts
-
-
 class _Encoder:
-    """A dictionary's encoder."""
+    """A dictionary's encoder as the compiled reader takes it, and room to work in."""
 
     def __init__(self, dictionary: Dictionary) -> None:
         self.layer = dictionary.layer
-        self._dictionary = dictionary
+        exact = np.ascontiguousarray(dictionary.encoder.numpy(), np.float32)
+        self._d, self._k = exact.shape[1], dictionary.k or 0
+        self._numbers = np.zeros(len(Entry), np.int64)
+        self._kept: dict[Entry, NDArray[np.generic]] = {}
+        self._numbers[[Entry.D, Entry.N_FEATURES, Entry.K]] = self._d, len(exact), self._k
+        self._put(Entry.ROUGH, packed.pack(exact, "int8").data)
+        self._put(Entry.EXACT, exact)
+        self._put(Entry.BIAS, dictionary.bias.numpy())
+        self._put(Entry.THRESHOLD, dictionary.threshold.numpy())
+        self._put(Entry.SCALE, 1 / dictionary.training_max.numpy())
+        self._put(Entry.LENGTH, np.linalg.norm(exact, axis=1))
+        self._put(Entry.CENTER, dictionary.center.numpy())
+        self._n_rows = self._most = 0
 
-    def strongest(self, x: Tensor, top: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The ``top`` features of each row, strongest first."""
-        acts = self._dictionary.encode(x) / self._dictionary.training_max
-        values, indices = torch.topk(acts, min(top, acts.shape[1]), dim=-1)
-        indices = indices.int().masked_fill_(values <= 0, -1)
-        return indices.numpy(), values.numpy()
+    def strongest(
+        self, x: Floats, rows: NDArray[np.int64], top: int
+    ) -> tuple[NDArray[np.int32], Floats]:
+        """The ``top`` features of each of ``x[rows]``, strongest first."""
+        n = len(rows)
+        self._make_room(n, max(top, self._k))
+        indices, values = np.empty((n, top), np.int32), np.empty((n, top), np.float32)
+        for entry, array in (
+            (Entry.X, np.ascontiguousarray(x, np.float32)),
+            (Entry.ROWS, rows),
+            (Entry.INDICES, indices),
+            (Entry.VALUES, values),
+        ):
+            self._kept[entry] = array
+            self._numbers[entry] = array.ctypes.data
+        self._numbers[[Entry.N_ROWS, Entry.TOP]] = n, top
+        feature_reader()(self._numbers.ctypes.data)
+        return indices, values
+
+    def _make_room(self, n_rows: int, most: int) -> None:
+        if n_rows > self._n_rows:
+            self._n_rows = n_rows
+            width = -(-int(self._numbers[Entry.N_FEATURES]) // LANES) * LANES
+            self._acts = Activations(n_rows * self._d)
+            self._numbers[Entry.ACTS] = self._acts.addresses.ctypes.data
+            self._put(Entry.Z, np.empty((n_rows, width), np.float32))
+        if most > self._most:
+            self._most = most
+            self._put(Entry.BEST, np.empty(most, np.float32))
+            indices = self._kept[Entry.BEST_INDICES] = np.empty(most, np.int32)
+            self._numbers[Entry.BEST_INDICES] = indices.ctypes.data
+
+    def _put(self, entry: Entry, values: NDArray[Any]) -> None:
+        """Point to ``values`` (as float32, unless they are bytes), and keep them."""
+        kind = values.dtype if values.dtype == np.uint8 else np.float32
+        self._kept[entry] = array = np.ascontiguousarray(values, kind)
+        self._numbers[entry] = array.ctypes.data

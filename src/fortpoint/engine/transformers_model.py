@@ -392,4 +392,6 @@ def _own(span: Span) -> TransformersCache:
         raise TypeError("this model takes no adapters")
     if not isinstance(span.cache, TransformersCache):
         raise TypeError("this cache belongs to another model")
+    if span.cache.past.get_seq_length() != span.cache.length:
+        raise RuntimeError("this sequence failed before: a part of a step is in its cache")
     return span.cache

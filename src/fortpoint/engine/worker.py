@@ -18,22 +18,31 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from fortpoint import config as configuration
 from fortpoint import hardening
-from fortpoint.engine.protocol import Description
+from fortpoint.engine.protocol import Description, DictionaryCard
 from fortpoint.errors import FortPointError, ModelError
 
-_MIB = 1024 * 1024
+if TYPE_CHECKING:
+    from fortpoint.engine.chat import ChatTokenizer
+    from fortpoint.engine.grammar import GrammarCompiler
+    from fortpoint.engine.linear_probe import LinearProbes
+    from fortpoint.engine.model import Adapter, Model
+    from fortpoint.features.library import Library
+    from fortpoint.vault.model_folder import ModelFolder
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
     """What the worker is told by its parent: paths, and which process that is.
 
-    ``probes`` is the stem of the linear probes' two files.
+    ``probes`` is the stem of the linear probes' two files, ``features`` the folder of
+    dictionaries and directions, ``adapters`` that of LoRA adapters; both may be absent.
     """
 
     config: configuration.Engine
@@ -41,6 +50,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     socket: str
     probes: str | None
     parent_pid: int
+    features: str | None = None
+    adapters: str | None = None
 
 
 def main() -> int:
@@ -53,17 +64,17 @@ def main() -> int:
         hardening.forbid_syscalls(hardening.ENGINE)
         if spec.config.sandbox == "require":
             hardening.require_protections(hardening.REQUIRED)
-        asyncio.run(_serve(spec, listener))
+        return asyncio.run(_serve(spec, listener))
     except FortPointError as error:
         print(f"engine: {error.message}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
 def readable(spec: EngineSpec) -> list[Path]:
-    """All that the process may read: interpreter, packages, the model, the probes."""
+    """All that the process may read: interpreter, packages, the model and what reads it."""
     probes = [] if spec.probes is None else _probe_files(spec.probes)
-    return [*hardening.python_paths(), *hardening.runtime_paths(), Path(spec.model), *probes]
+    folders = [Path(path) for path in (spec.model, spec.features, spec.adapters) if path]
+    return [*hardening.python_paths(), *hardening.runtime_paths(), *folders, *probes]
 
 
 def bind(path: Path) -> socket.socket:
@@ -82,49 +93,65 @@ def bind(path: Path) -> socket.socket:
     return listener
 
 
-async def _serve(spec: EngineSpec, listener: socket.socket) -> None:
-    stop = asyncio.Event()
+async def _serve(spec: EngineSpec, listener: socket.socket) -> int:
+    """Until a signal (0), or until the compute thread has died (1: start again)."""
+    stop, crashed = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    engine = _Engine(spec)
+        loop.add_signal_handler(number, stop.set)
+
+    def crash() -> None:
+        crashed.set()
+        stop.set()
+
+    engine = _Engine(spec, loop, crash)
     server = await asyncio.start_unix_server(engine.server.handle, sock=listener)
     await stop.wait()
     server.close()
     await engine.server.close()
-    engine.runner.stop()
+    engine.close()
+    return 1 if crashed.is_set() else 0
 
 
 class _Engine:
     """Everything that is made once: the model, the runner on it, the server before it."""
 
-    def __init__(self, spec: EngineSpec) -> None:
-        import torch
-
-        from fortpoint.engine import precision
+    def __init__(
+        self,
+        spec: EngineSpec,
+        loop: asyncio.AbstractEventLoop,
+        on_crash: Callable[[], object],
+    ) -> None:
         from fortpoint.engine.chat import ChatTokenizer
-        from fortpoint.engine.kv_cache import KVBudget
-        from fortpoint.engine.linear_probe import LinearProbes
-        from fortpoint.engine.llama import Llama
+        from fortpoint.engine.intake import Intake
+        from fortpoint.engine.loading import load_model
         from fortpoint.engine.runner import Runner
         from fortpoint.engine.scheduler import Scheduler
+        from fortpoint.engine.sequence import Sent
         from fortpoint.engine.server import EngineServer
+        from fortpoint.engine.taps import Taps
         from fortpoint.vault.model_folder import open_model
 
-        config = spec.config
-        torch.set_num_threads(config.threads or os.cpu_count() or 1)
-        folder = open_model(Path(spec.model))
-        model = Llama.load(
-            folder.path, precision.choose(config.dtype, folder.path), config.max_context
-        )
+        config, folder = spec.config, open_model(Path(spec.model))
+        self._model = model = load_model(folder.path, config)
+        library = _library(spec, model)
+        adapters = _adapters(spec, folder, model)
+        taps = Taps(library, _probes(spec, model))
         tokenizer = ChatTokenizer.load(folder.path)
-        probes = LinearProbes.none(model.config.hidden_size)
-        if spec.probes is not None:
-            probes = LinearProbes.load(Path(spec.probes), model.config.hidden_size, model.n_layers)
-        budget = KVBudget(config.kv_cache_mib * _MIB // model.kv_bytes_per_token)
-        model.max_context = min(model.max_context, budget.n_tokens)
-        scheduler = Scheduler(config.max_batch, config.prefill_chunk, config.max_queue)
-        self.runner = Runner(model, tokenizer, probes, scheduler, budget)
-        self.server = EngineServer(self.runner, tokenizer, model.max_context, self._describe)
+        grammars = _grammars(folder.path, model, tokenizer)
+        scheduler = Scheduler(
+            config.max_batch, config.prefill_chunk, config.max_queue, model.max_context
+        )
+
+        def deliver(sent: list[Sent]) -> None:  # called from the compute thread
+            loop.call_soon_threadsafe(self.server.deliver, sent)
+
+        def crash() -> None:
+            loop.call_soon_threadsafe(on_crash)
+
+        self.runner = Runner(model, tokenizer, taps, scheduler, deliver, crash)
+        intake = Intake(tokenizer, model.max_context, library, taps, adapters, grammars)
+        self.server = EngineServer(self.runner, intake, self._describe)
         self._description = Description(
             id="",
             model=folder.manifest.name,
@@ -137,8 +164,19 @@ class _Engine:
             running=0,
             waiting=0,
             protections=hardening.protections(),
+            adapters=tuple(sorted(adapters)),
+            dictionaries=tuple(
+                DictionaryCard(one.name, one.layer, one.n_features)
+                for one in library.dictionaries.values()
+            ),
+            directions=tuple(sorted(library.directions)),
         )
         self.runner.start()
+
+    def close(self) -> None:
+        """After the last step."""
+        self.runner.stop()
+        self._model.close()
 
     def _describe(self, request_id: str) -> Description:
         return msgspec.structs.replace(
@@ -147,6 +185,59 @@ class _Engine:
             running=self.runner.n_running,
             waiting=self.runner.n_waiting,
         )
+
+
+def _probes(spec: EngineSpec, model: Model) -> LinearProbes:
+    from fortpoint.engine.linear_probe import LinearProbes
+
+    if spec.probes is None:
+        return LinearProbes.none(model.d_model)
+    return LinearProbes.load(Path(spec.probes), model.d_model, model.n_layers)
+
+
+def _library(spec: EngineSpec, model: Model) -> Library:
+    """Dictionaries and directions; what does not fit is said, and left out."""
+    from fortpoint.features.library import Library
+
+    if spec.features is None:
+        return Library()
+    library = Library.load(Path(spec.features), model.d_model, model.n_layers)
+    _say_left_out(library.left_out)
+    return library
+
+
+def _adapters(spec: EngineSpec, folder: ModelFolder, model: Model) -> Mapping[str, Adapter]:
+    """LoRA adapters by name; what does not fit is said, and left out."""
+    from fortpoint.engine.loading import load_adapters
+
+    if spec.adapters is None or not Path(spec.adapters).is_dir():
+        return {}
+    try:
+        adapters = load_adapters(
+            Path(spec.adapters), folder.path, model, base_digest=folder.manifest.digest
+        )
+    except ModelError as error:
+        _say_left_out({"adapters": error.message})
+        return {}
+    _say_left_out(adapters.left_out)
+    return adapters
+
+
+def _say_left_out(left_out: Mapping[str, str]) -> None:
+    for name, reason in left_out.items():
+        print(f"engine: {name} is left out: {reason}", file=sys.stderr, flush=True)
+
+
+def _grammars(folder: Path, model: Model, tokenizer: ChatTokenizer) -> GrammarCompiler | None:
+    """None where the tokenizer is of a kind that grammars cannot follow."""
+    from fortpoint.engine.grammar import GrammarCompiler
+
+    try:
+        serialized = (folder / "tokenizer.json").read_bytes()
+        return GrammarCompiler(serialized, model.vocab_size, tokenizer.eos)
+    except ModelError as error:
+        print(f"engine: no JSON schemas: {error.message}", file=sys.stderr, flush=True)
+        return None
 
 
 def _probe_files(stem: str) -> list[Path]:
