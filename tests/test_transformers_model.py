@@ -15,10 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny_model
 from fortpoint.config import Engine
+from fortpoint.engine.client import EngineClient
 from fortpoint.engine.loading import load_adapters, load_model
 from fortpoint.engine.model import Model, Span, Step
+from fortpoint.engine.protocol import Done, Generate, Sampling
 from fortpoint.engine.transformers_model import TransformersModel
 from fortpoint.errors import ModelError
+from fortpoint.types import Message, Role
+from test_engine_process import ready, spawn
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 KINDS: dict[str, dict[str, Any]] = {
@@ -180,6 +184,28 @@ def test_fork_goes_on_alone(model: TransformersModel) -> None:
     cache.release()
 
 
+def test_cache_of_a_step_that_failed_is_used_no_more(model: TransformersModel) -> None:
+    class Breaks:
+        def apply(self, layer: int, x: np.ndarray, first_row: int = 0) -> None:
+            if layer == 1:
+                raise ArithmeticError
+
+    broken, sound = model.new_cache(), model.new_cache()
+    assert broken.reserve(20)
+    assert sound.reserve(20)
+    edits: Any = Breaks()
+    with pytest.raises(ArithmeticError):
+        model.forward(Step(TOKENS, [Span(broken, 0, 20)], edits=edits))
+    with pytest.raises(RuntimeError, match="failed before"):
+        model.forward(Step(TOKENS, [Span(broken, 0, 20)]))
+    model.forward(Step(TOKENS, [Span(sound, 0, 20)]))
+    broken.release()
+    assert broken.reserve(20)
+    model.forward(Step(TOKENS, [Span(broken, 0, 20)]))
+    broken.release()
+    sound.release()
+
+
 def test_caches_share_one_limit(tmp_path: Path) -> None:
     per_token = 3 * 2 * 32 * 4  # layers, keys and values, d_model, float32
     folder = _make(tmp_path / "m", "gpt2")
@@ -274,3 +300,24 @@ def test_load_model_takes_transformers_where_the_fast_path_cannot(
 def test_load_model_of_a_family_member_with_an_oddity_takes_transformers(tmp_path: Path) -> None:
     folder = tiny_model.make(tmp_path / "m", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     assert isinstance(load_model(folder, Engine(threads=1)), TransformersModel)
+
+
+async def test_worker_in_its_sandbox_serves_such_a_model(tmp_path: Path) -> None:
+    folder = tiny_model.finish(_make(tmp_path / "m", "gpt2", vocab_size=259))
+    process = spawn(tmp_path, folder)
+    client = EngineClient(tmp_path / "e.sock")
+    try:
+        described = await ready(client)
+        assert (described.architecture, described.dtype) == ("gpt2", "float32")
+        hello = (Message(Role.USER, "hello"),)
+        request = Generate("r", Sampling(8, 0.0), messages=hello, hold=False)
+        async with await client.generate(request) as stream:
+            events = [event async for event in stream]
+        assert isinstance(events[-1], Done)
+        assert events[-1].usage.completion == 8
+    finally:
+        await client.close()
+        process.terminate()
+        said = process.communicate()[1]
+    assert "transformers computes this model" in said
+    assert "Traceback" not in said
