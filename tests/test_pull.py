@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from gguf import GGMLQuantizationType
 
+import tiny_model
+from fortpoint.engine.checkpoint import Checkpoint
 from fortpoint.errors import DigestMismatch, ModelError
+from fortpoint.vault import hub, layout
 from fortpoint.vault import pull as pulling
 from fortpoint.vault.catalogue import CATALOGUE, WheelSource
 from fortpoint.vault.model_folder import list_models, model_path, open_model, remove_model
@@ -135,3 +141,217 @@ def test_remove_model_takes_it_away(wheel: Path, tmp_path: Path) -> None:
     assert _left_behind(tmp_path / "home") == []
     with pytest.raises(ModelError, match="no model"):
         remove_model(tmp_path / "home", "tiny")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub:
+    """A hub with one repository, whose files lie in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: list[tuple[str, str | None]] = []
+        self.fetched: list[tuple[str, str]] = []
+        files = {path.name: path for path in folder.iterdir() if path.is_file()}
+        self.listed = hub.Repository(
+            commit=COMMIT,
+            license="mit",
+            sizes={name: path.stat().st_size for name, path in files.items()},
+            sha256={
+                name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for name, path in files.items()
+                if name.endswith(".safetensors")
+            },
+        )
+
+    def look_up(self, repository: str, revision: str | None) -> hub.Repository:
+        self.asked.append((repository, revision))
+        return self.listed
+
+    def download(self, repository: str, commit: str, name: str, folder: Path) -> Path:
+        self.fetched.append((commit, name))
+        folder.mkdir(exist_ok=True)
+        return Path(shutil.copy(self.folder / name, folder / name))
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A model's folder as it lies on a hub, with what a model's folder should not have."""
+    folder = tiny_model.make(tmp_path / "Tiny-Model")
+    (folder / "manifest.json").unlink()
+    for name in ("pytorch_model.bin", "modeling_tiny.py", "README.md", "consolidated.safetensors"):
+        (folder / name).write_bytes(b"never taken")
+    (folder / "original").mkdir()
+    (folder / "original" / "model.safetensors").write_bytes(b"never taken")
+    return folder
+
+
+TAKEN = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_pull_of_a_folder_takes_what_makes_a_model(repository: Path, tmp_path: Path) -> None:
+    folder = pull(str(repository), tmp_path / "home", _quiet)
+    assert folder.manifest.name == "tiny-model"
+    assert folder.manifest.source == "Tiny-Model"
+    assert sorted(folder.manifest.files) == TAKEN
+    assert sorted(path.name for path in folder.path.iterdir()) == sorted([*TAKEN, "manifest.json"])
+    for name in TAKEN:
+        assert (folder.path / name).read_bytes() == (repository / name).read_bytes()
+    assert pull(str(repository), tmp_path / "home", _quiet, "other").manifest.name == "other"
+    assert sorted(_left_behind(tmp_path / "home")) == ["other", "tiny-model"]
+
+
+def test_pull_of_a_sharded_folder_pins_every_shard(repository: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(repository, dtype=torch.float32)
+    (repository / "model.safetensors").unlink()
+    whole.save_pretrained(repository, max_shard_size="60KB")
+    folder = pull(str(repository), tmp_path / "home", _quiet)
+    shards = [name for name in folder.manifest.files if name.endswith(".safetensors")]
+    assert len(shards) > 1
+    assert "model.safetensors.index.json" in folder.manifest.files
+    assert Checkpoint(folder.path).get("model.norm.weight", (64,)).shape == (64,)
+    (folder.path / shards[1]).write_bytes(b"\0")
+    with pytest.raises(DigestMismatch, match="model-0000"):
+        open_model(folder.path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_pull_of_a_folder_with_links_is_refused(
+    repository: Path, tmp_path: Path, name: str
+) -> None:
+    (repository / name).rename(tmp_path / name)
+    (repository / name).symlink_to(tmp_path / name)
+    with pytest.raises(ModelError, match=f"{name} is a link"):
+        pull(str(repository), tmp_path / "home", _quiet)
+    assert _left_behind(tmp_path / "home") == []
+
+
+def test_copy_of_a_file_that_became_a_link_or_grew_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="symbolic links"):
+        layout._copy_file(tmp_path / "link", tmp_path / "to-link", 3)
+    for source, n_bytes in (("a", 2), ("pipe", 0)):
+        with pytest.raises(ModelError, match="changed while it was read"):
+            layout._copy_file(tmp_path / source, tmp_path / f"to-{source}", n_bytes)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_pull_of_a_folder_without_a_part_says_which(
+    repository: Path, tmp_path: Path, missing: str
+) -> None:
+    (repository / missing).unlink()
+    with pytest.raises(ModelError, match=missing):
+        pull(str(repository), tmp_path / "home", _quiet)
+    assert _left_behind(tmp_path / "home") == []
+
+
+def test_pull_of_a_folder_beyond_the_limits_is_refused(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "MAX_TEXT_BYTES", 100)
+    with pytest.raises(ModelError, match="larger than 100 bytes"):
+        pull(str(repository), tmp_path / "home", _quiet)
+    monkeypatch.undo()
+    room = SimpleNamespace(total=1 << 30, used=1 << 30, free=1000)
+    monkeypatch.setattr(layout.shutil, "disk_usage", lambda _: room)
+    with pytest.raises(ModelError, match="0 MiB are free"):
+        pull(str(repository), tmp_path / "home", _quiet)
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0", "refs/pr/3"])
+def test_pull_from_a_hub_is_pinned_to_the_commit(
+    repository: Path, tmp_path: Path, revision: str | None
+) -> None:
+    client = FakeHub(repository)
+    source = "hf:someone/Tiny" + (f"@{revision}" if revision else "")
+    folder = pull(source, tmp_path / "home", _quiet, client=client)
+    assert client.asked == [("someone/Tiny", revision)]
+    assert client.fetched == [(COMMIT, name) for name in TAKEN]
+    assert folder.manifest.name == "tiny"
+    assert folder.manifest.source == f"hf:someone/Tiny@{COMMIT}"
+    assert folder.manifest.license == "mit"
+    assert sorted(folder.manifest.files) == TAKEN
+
+
+def test_pull_from_a_hub_of_other_bytes_than_listed_keeps_nothing(
+    repository: Path, tmp_path: Path
+) -> None:
+    client = FakeHub(repository)
+    weights = bytearray((repository / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (repository / "model.safetensors").write_bytes(weights)
+    with pytest.raises(DigestMismatch, match=r"model\.safetensors is not the file"):
+        pull("hf:someone/tiny", tmp_path / "home", _quiet, client=client)
+    client = FakeHub(repository)
+    with (repository / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(DigestMismatch, match=r"config\.json is not the file"):
+        pull("hf:someone/tiny", tmp_path / "home", _quiet, client=client)
+    assert _left_behind(tmp_path / "home") == []
+
+
+def test_pull_from_a_hub_that_pins_nothing_is_refused(repository: Path, tmp_path: Path) -> None:
+    client = FakeHub(repository)
+    client.listed.sha256.clear()
+    with pytest.raises(ModelError, match="no digest"):
+        pull("hf:someone/tiny", tmp_path / "home", _quiet, client=client)
+    client.listed = hub.Repository("main", "mit", client.listed.sizes, {})
+    with pytest.raises(ModelError, match="which commit"):
+        pull("hf:someone/tiny", tmp_path / "home", _quiet, client=client)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["hf:", "hf:tiny", "hf:a/b/c", "hf:../b", "hf:a/..", "hf:a/b@", "hf:a/b@../x", "hf:a b/c"],
+)
+def test_pull_from_a_hub_by_a_malformed_name_is_refused(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ModelError, match="not of the form"):
+        pull(source, tmp_path / "home", _quiet)
+
+
+def test_hub_client_asks_huggingface_hub_for_one_commit(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, files = FakeHub(repository), []
+    for name, size in client.listed.sizes.items():
+        sha256 = client.listed.sha256.get(name)
+        lfs = SimpleNamespace(sha256=sha256, size=size) if sha256 else None
+        files.append(SimpleNamespace(rfilename=name, size=size, lfs=lfs))
+    info = SimpleNamespace(sha=COMMIT, siblings=files, card_data={"license": "apache-2.0"})
+
+    class Api:
+        def model_info(
+            self, repo_id: str, *, revision: str | None, files_metadata: bool
+        ) -> SimpleNamespace:
+            assert (repo_id, revision, files_metadata) == ("someone/tiny", "v1", True)
+            return info
+
+    def download(repo_id: str, filename: str, *, revision: str, local_dir: Path) -> str:
+        assert repo_id == "someone/tiny"
+        return str(client.download(repo_id, revision, filename, local_dir))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    folder = pull("hf:someone/tiny@v1", tmp_path / "home", _quiet)
+    assert folder.manifest.license == "apache-2.0"
+    assert client.fetched == [(COMMIT, name) for name in TAKEN]
+
+
+def test_hub_that_cannot_be_reached_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    with pytest.raises(ModelError, match="the hub does not give someone/tiny: ConnectError"):
+        pull("hf:someone/tiny", tmp_path / "home", _quiet)
+    assert _left_behind(tmp_path / "home") == []

@@ -19,11 +19,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command("pull")
 def pull(
-    source: Annotated[str, typer.Argument(help="A known name (smollm2-135m) or a .gguf file.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A known name (smollm2-135m), hf:organisation/name (@revision), a folder in "
+            "Hugging Face's layout, or a .gguf file."
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="Name to keep it under.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Download a model, check its digest, convert it once to safetensors."""
+    """Fetch a model, check its digests, and keep it as safetensors."""
     from fortpoint.vault.pull import pull as fetch
 
     home = Home(configuration.load().home_path)

@@ -140,12 +140,12 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Each tensor's file."""
-    if (folder / INDEX).is_file():
-        return _read_index(folder / INDEX)
-    if not (folder / SINGLE).is_file():
+    """Each tensor's file. Where there are both, the single file counts, as in transformers."""
+    if (folder / SINGLE).is_file():
+        return _names(folder / SINGLE)
+    if not (folder / INDEX).is_file():
         raise ModelError(f"the model has neither {SINGLE} nor {INDEX}")
-    return _names(folder / SINGLE)
+    return _read_index(folder / INDEX)
 
 
 def _names(path: Path) -> dict[str, str]:
