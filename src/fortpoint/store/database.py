@@ -51,6 +51,9 @@ _WRITES = "fortpoint_writes"
 _PRAGMAS = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = FULL",
+    # Copying the WAL back stops writers for several fsyncs: once in 32 MB, not in 4. At 300
+    # requests a second the default's stalls were the slowest percentile.
+    "PRAGMA wal_autocheckpoint = 8000",
     "PRAGMA foreign_keys = ON",
     # A planted schema must not call functions with side effects.
     "PRAGMA trusted_schema = OFF",
