@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,7 +16,6 @@ from typing import Annotated
 import typer
 
 from fortpoint import config as configuration
-from fortpoint.access.keys import NewKey
 from fortpoint.cli.progress import Progress
 from fortpoint.config import Config
 from fortpoint.engine.protocol import Description
@@ -62,7 +63,7 @@ def _serve(config: Config, home: Home) -> int:
     listener = supervisor.listen(config.server.host, config.server.port)
     if runs_a_model(config):
         _fetch(config.engine.model, home)
-    first_key = asyncio.run(_first_key(home))
+    first_key = _made_first_key(home)
     host, port = listener.getsockname()[:2]
     address = f"http://{config.server.host}:{port}"
 
@@ -100,7 +101,18 @@ def probes(config: Config) -> Path | None:
     return Path(str(resources.files("fortpoint.guard"))) / "artefacts" / "probes"
 
 
-async def _first_key(home: Home) -> NewKey | None:
+def _made_first_key(home: Home) -> str | None:
+    """In a process that ends: the database's library would stay in this one, at 40 MB."""
+    method = "fork" if sys.platform == "linux" else "spawn"
+    with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as processes:
+        return processes.submit(_run_first_key, home).result()
+
+
+def _run_first_key(home: Home) -> str | None:
+    return asyncio.run(_first_key(home))
+
+
+async def _first_key(home: Home) -> str | None:
     """A customer's key when there is none at all; recorded before it is shown."""
     from fortpoint.access.keys import KeyRing
     from fortpoint.cli.key import create_recorded
@@ -112,7 +124,9 @@ async def _first_key(home: Home) -> NewKey | None:
         empty = await KeyRing(database).is_empty()
     finally:
         await database.close()
-    return await create_recorded(home.state, _FIRST_USER, "customer", None) if empty else None
+    if not empty:
+        return None
+    return (await create_recorded(home.state, _FIRST_USER, "customer", None)).secret
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ def what_runs(config: Config, targets: Sequence[Target], engine: Description | N
     return Running(engine.model, engine.dtype, (f"engine: {own}",))
 
 
-def banner(address: str, running: Running, first_key: NewKey | None) -> str:
+def banner(address: str, running: Running, first_key: str | None) -> str:
     """What to know and what to paste, once it runs."""
     precision = f" ({running.precision})" if running.precision else ""
     lines = [
@@ -150,10 +164,10 @@ def banner(address: str, running: Running, first_key: NewKey | None) -> str:
     ]
     if first_key is not None:
         lines += [
-            f"  Your key, shown this once:  {first_key.secret}",
+            f"  Your key, shown this once:  {first_key}",
             "  More of them:               fortpoint key create --user NAME --role customer",
         ]
-        token = first_key.secret
+        token = first_key
     else:
         lines.append(
             "  Use a key you have, or:     fortpoint key create --user NAME --role customer"
