@@ -95,7 +95,11 @@ class Engine(_Section, frozen=True, kw_only=True):
         int, Meta(ge=8, description="Memory for attention keys and values, in MiB.")
     ] = 192
     prefill_chunk: Annotated[
-        int, Meta(ge=16, description="Prompt tokens computed between two decode steps.")
+        int,
+        Meta(
+            ge=16,
+            description="Prompt tokens computed in one step; a quarter of them while answers go on.",
+        ),
     ] = 256
     max_queue: Annotated[
         int, Meta(ge=0, description="Requests that may wait for a place; beyond it 503.")

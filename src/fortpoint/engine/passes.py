@@ -11,6 +11,7 @@ ends its own request; nobody else's rows depend on it.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -64,6 +65,7 @@ class Passes:
         self._model = model
         self._taps = taps
         self._steering = Steering()
+        self._reader = ThreadPoolExecutor(1, "taps")
 
     def compute(self, works: Many[Work]) -> Pass:
         """Compute the works' rows. Raises what the model raises; then nothing has changed."""
@@ -72,8 +74,17 @@ class Passes:
         with np.errstate(all="ignore"):
             edits = self._steering.edits(plan.steered, len(plan.tokens))
             result = self._model.forward(self._step(works, plan, edits))
-            parts = self._taps.read(plan.rows, result.seen)
-            return _Findings(plan, result, edits).of(works, parts)
+            # Features are read beside the search for the likeliest tokens: neither holds the
+            # interpreter's lock for long.
+            reading = self._reader.submit(self._taps.read, plan.rows, result.seen)
+            try:
+                findings = _Findings(plan, result, edits)
+            finally:
+                parts = reading.result()
+            return findings.of(works, parts)
+
+    def close(self) -> None:
+        self._reader.shutdown()
 
     def _step(self, works: Many[Work], plan: _Plan, edits: Edits | None) -> Step:
         scans = all(work.sequence.job.is_scan for work in works)

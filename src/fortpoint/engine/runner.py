@@ -72,6 +72,7 @@ class Runner:
     def stop(self) -> None:
         self._commands.put(None)
         self._thread.join()
+        self._passes.close()
 
     def submit(self, job: Job) -> None:
         self._commands.put(lambda: self._admit(job))

@@ -3,9 +3,9 @@
 1. every sequence that decodes gets its one row;
 2. waiting sequences are admitted, in their tenants' turn (``tenants.py``), while there is a
    place, memory for their prompt, and rows of this step for it;
-3. one prompt chunk's worth of rows goes to prompts, in equal parts to the tenants that have
-   some, oldest first within a tenant: a long prompt never stalls others for longer than one
-   chunk, and never keeps another tenant's prompt waiting.
+3. one prompt chunk's worth of rows, or a quarter of it while answers go on, goes to prompts, in
+   equal parts to the tenants that have some, oldest first within a tenant: a long prompt never
+   stalls others for longer than that, and never keeps another tenant's prompt waiting.
 
 When memory runs out, the youngest sequence gives up its cache and waits at the front of its
 tenant's queue. Those that are parked have been promised their place and keep it.
@@ -19,6 +19,10 @@ from typing import NamedTuple
 from fortpoint.engine.sequence import SCORED_ROWS, Job, Sequence, total
 from fortpoint.engine.tenants import WaitingRoom
 from fortpoint.errors import EngineError
+
+
+_SHARE = 4
+"""While answers go on, prompts get this part of a chunk."""
 
 
 class Work(NamedTuple):
@@ -84,7 +88,8 @@ class Scheduler:
         works = [Work(sequence, 1) for sequence in decoding]
         if len(decoding) == len(self.running):
             return works
-        return works + self._share_out([s for s in self.running if s.reads_prompt])
+        rows = max(self._prefill_chunk // _SHARE, 1) if decoding else self._prefill_chunk
+        return works + self._share_out([s for s in self.running if s.reads_prompt], rows)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Room for one more token; True when the youngest had to give way for it."""
@@ -148,10 +153,10 @@ class Scheduler:
             sequence.charged = True
             self.waiting.charge(sequence.job.tenant, sequence.n_missing)
 
-    def _share_out(self, prompts: list[Sequence]) -> list[Work]:
-        """A chunk's rows, in equal parts to tenants; what one does not need the others get."""
+    @staticmethod
+    def _share_out(prompts: list[Sequence], rows: int) -> list[Work]:
+        """So many rows, in equal parts to tenants; what one does not need the others get."""
         shares = _Shares(prompts)
-        rows = self._prefill_chunk
         while rows > 0 and shares.queues:
             part = max(rows // len(shares.queues), 1)
             for tenant in list(shares.queues)[:rows]:
