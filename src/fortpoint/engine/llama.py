@@ -11,6 +11,7 @@ all matrices are.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fortpoint.engine.architecture import Architecture
 from fortpoint.engine.checkpoint import Checkpoint
 from fortpoint.engine.compiled.attention import BLOCK
 from fortpoint.engine.compiled.forward import forward_pass
+from fortpoint.engine.compiled.pace import Pace
 from fortpoint.engine.compiled.team import Team
 from fortpoint.engine.compiled.vector import instructions
 from fortpoint.engine.kv_cache import KVCache, KVPool, KVShape
@@ -47,6 +49,7 @@ class Llama:
         self._pool = KVPool(KVShape(*heads, half), kv_bytes)
         self.max_context = min(max_context, architecture.max_positions, self._pool.n_tokens)
         self._team = Team(threads)
+        self._pace = Pace(threads)
         self._table = PassTable(architecture, weights, self._pool, self.max_context, threads)
         self._program = forward_pass(kinds, half, instructions())
 
@@ -98,9 +101,12 @@ class Llama:
         for span, cache in zip(step.spans, caches, strict=True):
             if cache.length + span.end - span.start > len(cache.blocks) * BLOCK:
                 raise ValueError("a sequence has no room for its rows")
-        self._table.write(step, caches)
-        address = self._table.address
-        self._team.run(lambda thread: self._program(address, thread))
+        n_rows = len(step.tokens)
+        n_threads = self._pace.choose(n_rows)
+        self._table.write(step, caches, n_threads)
+        address, started = self._table.address, time.perf_counter()
+        self._team.run(lambda thread: self._program(address, thread), n_threads)
+        self._pace.note(n_rows, n_threads, time.perf_counter() - started)
         for span, cache in zip(step.spans, caches, strict=True):
             cache.length += span.end - span.start
         return self._table.result(step)

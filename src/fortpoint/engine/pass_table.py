@@ -53,9 +53,10 @@ class PassTable:
         self._put_model(weights, max_context)
         self._put_pool(pool)
 
-    def write(self, step: Step, caches: Sequence[KVCache]) -> None:
-        """Make the program compute ``step`` next."""
+    def write(self, step: Step, caches: Sequence[KVCache], n_threads: int) -> None:
+        """Make the program compute ``step`` next, in so many threads."""
         n_rows = len(step.tokens)
+        self._set(Table.N_THREADS, n_threads)
         adapters = self._pack_adapters(step.spans)
         self._make_room(n_rows, len(step.logit_rows), len(step.tap_layers), adapters)
         last = self._architecture.n_layers - 1 if step.last_layer is None else step.last_layer
@@ -109,7 +110,6 @@ class PassTable:
         self._set(Table.N_KV_HEADS, a.n_kv_heads)
         self._set(Table.HEAD_DIM, a.head_dim)
         self._set(Table.N_LAYERS, a.n_layers)
-        self._set(Table.N_THREADS, self._threads)
         self._put(Table.LAYERS, weights.layer_table(a.windows))
         self._put(Table.HEAD, matrix_entry(weights.head))
         self._put(Table.EMBEDDING, matrix_entry(weights.embedding))

@@ -20,7 +20,6 @@ from fortpoint.engine.sequence import SCORED_ROWS, Job, Sequence, total
 from fortpoint.engine.tenants import WaitingRoom
 from fortpoint.errors import EngineError
 
-
 _SHARE = 4
 """While answers go on, prompts get this part of a chunk."""
 

@@ -29,17 +29,18 @@ class Team:
             self._orders.append(orders)
             self._threads.append(thread)
 
-    def run(self, work: Callable[[int], Any]) -> None:
-        """``work(number)`` in every thread at once; returns when all are done.
+    def run(self, work: Callable[[int], Any], n_threads: int) -> None:
+        """``work(number)`` in so many threads at once; returns when all are done.
 
         ``work`` must not raise in some threads only while others wait for them.
         """
-        for orders in self._orders:
+        others = self._orders[: n_threads - 1]
+        for orders in others:
             orders.put(work)
         try:
             work(0)
         finally:
-            failures = [self._results.get() for _ in self._orders]
+            failures = [self._results.get() for _ in others]
         for failure in failures:
             if failure is not None:
                 raise failure
