@@ -98,7 +98,7 @@ class Engine(_Section, frozen=True, kw_only=True):
         int,
         Meta(
             ge=16,
-            description="Prompt tokens computed in one step; a quarter of them while answers go on.",
+            description="Prompt tokens computed in a step; a quarter of them while answers go on.",
         ),
     ] = 256
     max_queue: Annotated[
