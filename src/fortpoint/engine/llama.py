@@ -12,6 +12,7 @@ all matrices are.
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from fortpoint.engine.architecture import Architecture
 from fortpoint.engine.checkpoint import Checkpoint
 from fortpoint.engine.compiled.attention import BLOCK
-from fortpoint.engine.compiled.forward import forward_pass
+from fortpoint.engine.compiled.forward import forward_pass, row_programs
 from fortpoint.engine.compiled.pace import Pace
 from fortpoint.engine.compiled.team import Team
 from fortpoint.engine.compiled.vector import instructions
@@ -59,7 +60,10 @@ class Llama:
     ) -> Llama:
         """Read the checkpoint; matrices are packed one by one. Raises ``ModelError``."""
         architecture = Architecture.load(folder)
-        weights = ModelWeights.read(Checkpoint(folder), architecture, precision)
+        with ThreadPoolExecutor(1, "compile") as beside:
+            compiling = beside.submit(row_programs)
+            weights = ModelWeights.read(Checkpoint(folder), architecture, precision)
+            compiling.result()
         return cls(architecture, weights, max_context, kv_bytes, threads)
 
     @property

@@ -29,6 +29,16 @@ from fortpoint.engine.compiled.table import Column, Table
 from fortpoint.engine.compiled.vector import Instructions, call3, native, number
 
 
+def row_programs() -> tuple[int, int, int, int]:
+    """The phases that no matrix changes: half of the work of compiling, to begin with."""
+    return (
+        row_phases.begin_phase(),
+        row_phases.rotate_phase(),
+        row_phases.middle_phase(),
+        row_phases.last_phase(),
+    )
+
+
 @functools.cache
 def forward_pass(kinds: frozenset[Kind], half: bool, which: Instructions) -> Callable[..., None]:
     """The program for matrices of these kinds and keys in bfloat16 (``half``) or float32.
@@ -36,15 +46,11 @@ def forward_pass(kinds: frozenset[Kind], half: bool, which: Instructions) -> Cal
     ``forward(address of the table, thread)``, called in every thread at once, releases the
     interpreter's lock.
     """
-    product = tile_phases.products(kinds, which)
-    begin, middle, last = (
-        row_phases.begin_phase(),
-        row_phases.middle_phase(),
-        row_phases.last_phase(),
-    )
-    rotate, attend = row_phases.rotate_phase(), row_phases.attend_phase(half)
+    begin, rotate, middle, last = row_programs()
+    attend = row_phases.attend_phase(half)
     prepare_out = row_phases.prepare_phase(Column.OUT)
     prepare_down = row_phases.prepare_phase(Column.DOWN)
+    product = tile_phases.products(kinds, which)
     qkv = tile_phases.store_phase(product, Column.QKV)
     logits = tile_phases.store_phase(product, None)
     out = tile_phases.add_phase(product, Column.OUT)

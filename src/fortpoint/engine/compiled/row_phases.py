@@ -5,6 +5,7 @@ Each gives the address of a native function ``(table, layer, thread)``.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from fortpoint.engine.compiled.attention import BLOCK, attention, keep
@@ -85,6 +86,7 @@ def _embed_row(t: Any, row: Any, x: Any) -> None:
     embed(code, tile, token % LANES, x, d)
 
 
+@functools.cache
 def begin_phase() -> int:
     """Finish the block before (or embed the tokens); prepare this block's first product."""
     column, matrix = int(Column.NORM_ATTENTION), int(Column.QKV)
@@ -106,6 +108,7 @@ def begin_phase() -> int:
     return begin
 
 
+@functools.cache
 def middle_phase() -> int:
     """Prepare the MLP's first product."""
     column, matrix = int(Column.NORM_MLP), int(Column.GATE_UP)
@@ -121,6 +124,7 @@ def middle_phase() -> int:
     return middle
 
 
+@functools.cache
 def prepare_phase(column: Column) -> int:
     """Prepare what a phase has left in place: for ``OUT`` or ``DOWN``."""
     matrix_column, is_out = int(column), column is Column.OUT
@@ -140,6 +144,7 @@ def prepare_phase(column: Column) -> int:
     return prepare
 
 
+@functools.cache
 def last_phase() -> int:
     """The final norm of the rows that want logits, side by side."""
 
@@ -162,6 +167,7 @@ def last_phase() -> int:
     return last
 
 
+@functools.cache
 def rotate_phase() -> int:
     """Rotary positions, in place; keys and values go to the cache."""
 
@@ -215,6 +221,7 @@ def _keep_row(t: Any, layer: Any, heads: Any, position: Any, chain: Any) -> None
 _NORM_QUERY, _WINDOW = int(Column.NORM_QUERY), int(Column.WINDOW)
 
 
+@functools.cache
 def attend_phase(half: bool) -> int:
     """Mix the values of each row's past; what comes out is the input of ``OUT``."""
     attend = attention(half)
