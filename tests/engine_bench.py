@@ -77,20 +77,20 @@ def grammars(folder: Path) -> GrammarCompiler:
 
 def library() -> Library:
     """A dictionary at layer 1 and a direction at layer 0, of random numbers."""
-    source = torch.Generator().manual_seed(11)
-    encoder = torch.randn(N_FEATURES, D_MODEL, generator=source) / 3
+    source = np.random.default_rng(11)
     features = Dictionary(
         name="sae",
         layer=1,
-        encoder=encoder,
-        bias=torch.zeros(N_FEATURES),
-        threshold=torch.zeros(N_FEATURES),
-        decoder=torch.randn(N_FEATURES, D_MODEL, generator=source),
-        center=torch.zeros(D_MODEL),
-        training_max=torch.full((N_FEATURES,), 2.0),
+        encoder=source.standard_normal((N_FEATURES, D_MODEL), np.float32) / 3,
+        bias=np.zeros(N_FEATURES, np.float32),
+        threshold=np.zeros(N_FEATURES, np.float32),
+        decoder=source.standard_normal((N_FEATURES, D_MODEL), np.float32),
+        center=np.zeros(D_MODEL, np.float32),
+        training_max=np.full(N_FEATURES, 2.0, np.float32),
         k=None,
     )
-    vector = torch.nn.functional.normalize(torch.randn(D_MODEL, generator=source), dim=0)
+    vector = source.standard_normal(D_MODEL, np.float32)
+    vector /= np.linalg.norm(vector)
     calm = Direction("calm", "tiny", 0, vector, bias=0.0, training_max=3.0)
     return Library({"sae": features}, {"calm": calm})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from fortpoint.engine.linear_probe import LinearProbes
 from fortpoint.engine.protocol import Watch
@@ -15,19 +14,23 @@ from fortpoint.features.sae import Dictionary
 from fortpoint.types import Role, Segment
 
 D, N = 64, 300
-SOURCE = torch.Generator().manual_seed(9)
+SOURCE = np.random.default_rng(9)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return SOURCE.standard_normal(shape, np.float32)
 
 
 def dictionary(name: str, layer: int, threshold: float, k: int | None = None) -> Dictionary:
     return Dictionary(
         name=name,
         layer=layer,
-        encoder=torch.randn(N, D, generator=SOURCE) / 8,
-        bias=torch.randn(N, generator=SOURCE) / 10,
-        threshold=torch.full((N,), threshold),
-        decoder=torch.randn(N, D, generator=SOURCE),
-        center=torch.randn(D, generator=SOURCE) / 4,
-        training_max=torch.rand(N, generator=SOURCE) + 0.5,
+        encoder=normal(N, D) / 8,
+        bias=normal(N) / 10,
+        threshold=np.full(N, threshold, np.float32),
+        decoder=normal(N, D),
+        center=normal(D) / 4,
+        training_max=SOURCE.random(N, np.float32) + np.float32(0.5),
         k=k,
     )
 
@@ -38,7 +41,7 @@ LIBRARY = Library({"sparse": SPARSE, "dense": DENSE, "topk": TOPK})
 W = np.random.default_rng(2).normal(size=(2, 3, D)).astype(np.float32)
 B = np.array([0.5, -1.0, 2.0], np.float32)
 PROBES = LinearProbes(("a", "b", "c"), (0, 2), W, B)
-SEEN = {layer: torch.randn(9, D, generator=SOURCE).numpy() for layer in (0, 1, 2)}
+SEEN = {layer: normal(9, D) for layer in (0, 1, 2)}
 
 
 @pytest.fixture
@@ -47,10 +50,10 @@ def taps() -> Taps:
 
 
 def expected_features(of: Dictionary, x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    readings = of.encode(torch.from_numpy(x)) / of.training_max
-    values, indices = torch.topk(readings, top, dim=-1)
-    indices[values <= 0] = -1
-    return indices.numpy(), values.numpy()
+    readings = of.encode(x) / of.training_max
+    indices = np.argsort(-readings, axis=-1)[:, :top]
+    values = np.take_along_axis(readings, indices, axis=-1)
+    return np.where(values > 0, indices, -1), values
 
 
 def test_probes_read_the_normalised_stream(taps: Taps) -> None:

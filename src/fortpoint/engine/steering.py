@@ -30,11 +30,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fortpoint.engine.compiled.rows import steer
+from fortpoint.engine.model import Floats
 from fortpoint.engine.protocol import Condition, Steer
 from fortpoint.errors import InvalidRequest
 from fortpoint.features.library import Library, Target
@@ -44,6 +43,7 @@ MAX_STOP_CONDITIONS = 16
 MAX_STRENGTH = 100.0
 _MODES = ("add", "clamp", "ablate")
 _SCOPES = ("all", "answer")
+_LEAST_LENGTH = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class _Read:
     """Holds where ``x . encoder + bias > limit`` after block ``layer``."""
 
     layer: int
-    encoder: Tensor
+    encoder: Floats
     bias: float
     limit: float
 
@@ -61,10 +61,10 @@ class _Change:
     """``x + (goal - f) * decoder``; ``f`` is ``z = x . encoder + bias`` above ``limit``, else 0."""
 
     layer: int
-    encoder: Tensor
+    encoder: Floats
     bias: float
     limit: float
-    decoder: Tensor
+    decoder: Floats
     goal: float
     answer_only: bool
     when: _Read | None
@@ -129,17 +129,18 @@ def _change(wish: Steer, library: Library) -> _Change:
     )
 
 
-def _reader_of(wish: Steer, target: Target) -> tuple[Tensor, float, float]:
+def _reader_of(wish: Steer, target: Target) -> tuple[Floats, float, float]:
     """Encoder, bias and limit of the ``f`` that the change takes away."""
     if wish.mode == "clamp":
         return target.encoder, target.bias, target.threshold
     if wish.mode == "ablate":
         return _unit(target.decoder), 0.0, -math.inf
-    return torch.zeros_like(target.encoder), 0.0, math.inf
+    return np.zeros_like(target.encoder), 0.0, math.inf
 
 
-def _unit(direction: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(direction, dim=0)
+def _unit(direction: Floats) -> Floats:
+    length = max(float(np.linalg.norm(direction)), _LEAST_LENGTH)
+    return direction / np.float32(length)
 
 
 def _read(condition: Condition, library: Library) -> _Read:
@@ -153,9 +154,9 @@ def _read(condition: Condition, library: Library) -> _Read:
     return _Read(target.layer, encoder, target.bias, -math.inf if always else limit)
 
 
-def _vector(values: Tensor) -> Tensor:
+def _vector(values: Floats) -> Floats:
     """As the forward pass reads it through its address."""
-    return values.detach().float().contiguous()
+    return np.ascontiguousarray(values, np.float32)
 
 
 @dataclass(frozen=True)
@@ -318,8 +319,8 @@ def _table(entries: Sequence[_Entry], n_truths: int, n_rows: int) -> EditTable:
     whats = [entry.what for entry in entries]
     changes = [what if isinstance(what, _Change) else None for what in whats]
     return EditTable(
-        encoder=np.array([what.encoder.data_ptr() for what in whats], np.int64),
-        decoder=np.array([c.decoder.data_ptr() if c else 0 for c in changes], np.int64),
+        encoder=np.array([what.encoder.ctypes.data for what in whats], np.int64),
+        decoder=np.array([c.decoder.ctypes.data if c else 0 for c in changes], np.int64),
         bias=np.array([what.bias for what in whats], np.float32),
         limit=np.array([what.limit for what in whats], np.float32),
         goal=np.array([c.goal if c else 0.0 for c in changes], np.float32),

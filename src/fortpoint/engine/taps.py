@@ -156,18 +156,18 @@ class _Encoder:
 
     def __init__(self, dictionary: Dictionary) -> None:
         self.layer = dictionary.layer
-        exact = np.ascontiguousarray(dictionary.encoder.numpy(), np.float32)
+        exact = np.ascontiguousarray(dictionary.encoder, np.float32)
         self._d, self._k = exact.shape[1], dictionary.k or 0
         self._numbers = np.zeros(len(Entry), np.int64)
         self._kept: dict[Entry, NDArray[np.generic]] = {}
         self._numbers[[Entry.D, Entry.N_FEATURES, Entry.K]] = self._d, len(exact), self._k
         self._put(Entry.ROUGH, packed.pack(exact, "int8").data)
         self._put(Entry.EXACT, exact)
-        self._put(Entry.BIAS, dictionary.bias.numpy())
-        self._put(Entry.THRESHOLD, dictionary.threshold.numpy())
-        self._put(Entry.SCALE, 1 / dictionary.training_max.numpy())
+        self._put(Entry.BIAS, dictionary.bias)
+        self._put(Entry.THRESHOLD, dictionary.threshold)
+        self._put(Entry.SCALE, 1 / dictionary.training_max)
         self._put(Entry.LENGTH, np.linalg.norm(exact, axis=1))
-        self._put(Entry.CENTER, dictionary.center.numpy())
+        self._put(Entry.CENTER, dictionary.center)
         self._n_rows = self._most = 0
 
     def strongest(

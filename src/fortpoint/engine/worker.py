@@ -5,10 +5,10 @@ The order is the point:
 1. bind the socket, while that is still allowed;
 2. give up capabilities, core dumps, tracing; confine files to the interpreter and the model;
 3. forbid system calls, and check what is really on if configuration requires it;
-4. only then load torch, start the event loop, read the model (its bytes may be hostile),
+4. only then load what computes, start the event loop, read the model (its bytes may be hostile),
    and serve.
 
-Nothing that starts a thread (numpy, torch) may be imported before step 2.
+Nothing that starts a thread (numpy, numba) may be imported before step 2.
 """
 
 from __future__ import annotations

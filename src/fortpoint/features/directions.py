@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fortpoint.errors import ModelError
-from fortpoint.features import tensor_file
+from fortpoint.vault import tensor_file
 
 _MAX_CARD_BYTES = 64 * 1024
 _LENGTH_TOLERANCE = 0.01  # a direction stored in bfloat16 is off by less
@@ -42,7 +43,7 @@ class Direction:
     name: str
     model: str
     layer: int
-    vector: Tensor
+    vector: NDArray[np.float32]
     bias: float
     training_max: float
 
@@ -57,15 +58,15 @@ class Direction:
             raise ModelError("its training_maximum is not a positive number")
         file = stem.with_name(f"{name}.safetensors")
         tensors = tensor_file.read(file, {"direction": (d_model,)}, {"bias": ()})
-        vector = tensors["direction"].double()
-        length = float(vector.norm())
+        vector = tensors["direction"].astype(np.float64)
+        length = float(np.linalg.norm(vector))
         if abs(length - 1.0) > _LENGTH_TOLERANCE:
             raise ModelError("its direction does not have length 1; divide it by its norm")
         return cls(
             name=name,
             model=card.model,
             layer=card.layer,
-            vector=(vector / length).float(),
+            vector=(vector / length).astype(np.float32),
             bias=float(tensors["bias"]) if "bias" in tensors else 0.0,
             training_max=card.training_maximum,
         )

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from fortpoint.errors import InvalidRequest, ModelError
 from fortpoint.features.directions import Direction
@@ -43,10 +44,10 @@ class Target:
 
     name: str
     layer: int
-    encoder: Tensor
+    encoder: NDArray[np.float32]
     bias: float
     threshold: float
-    decoder: Tensor
+    decoder: NDArray[np.float32]
     training_max: float
 
 
@@ -119,12 +120,12 @@ def _feature(dictionary: Dictionary, index: str) -> Target:
         raise InvalidRequest(f"{dictionary.name} has the features 0 to {n - 1}, not {index[:64]!r}")
     i = int(index)
     encoder = dictionary.encoder[i]
-    offset = encoder.double() @ dictionary.center.double()
+    offset = encoder.astype(np.float64) @ dictionary.center.astype(np.float64)
     return Target(
         name=f"{dictionary.name}/{i}",
         layer=dictionary.layer,
         encoder=encoder,
-        bias=float(dictionary.bias[i].double() - offset),
+        bias=float(dictionary.bias[i] - offset),
         threshold=float(dictionary.threshold[i]),
         decoder=dictionary.decoder[i],
         training_max=float(dictionary.training_max[i]),

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import torch
+import numpy as np
 from msgspec import Meta
-from torch import Tensor
+from numpy.typing import NDArray
 
 from fortpoint.errors import ModelError
-from fortpoint.features import tensor_file
+from fortpoint.vault import tensor_file
+
+Floats = NDArray[np.float32]
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -68,17 +70,17 @@ class Dictionary:
 
     ``encoder`` and ``decoder`` are ``[d_sae, d_in]``, a row for each feature; ``bias``,
     ``threshold`` (never negative) and ``training_max`` (positive) are ``[d_sae]``; ``center``
-    is ``[d_in]``. All are float32.
+    is ``[d_in]``. All are float32 and C-contiguous.
     """
 
     name: str
     layer: int
-    encoder: Tensor
-    bias: Tensor
-    threshold: Tensor
-    decoder: Tensor
-    center: Tensor
-    training_max: Tensor
+    encoder: Floats
+    bias: Floats
+    threshold: Floats
+    decoder: Floats
+    center: Floats
+    training_max: Floats
     k: int | None
 
     @classmethod
@@ -99,18 +101,20 @@ class Dictionary:
     def n_features(self) -> int:
         return len(self.bias)
 
-    def preactivations(self, x: Tensor) -> Tensor:
+    def preactivations(self, x: Floats) -> Floats:
         """``[n, d_in]`` to ``z`` ``[n, d_sae]``, in float32."""
-        return torch.addmm(self.bias, x.float() - self.center, self.encoder.T)
+        z = (np.asarray(x, np.float32) - self.center) @ self.encoder.T + self.bias
+        return z.astype(np.float32, copy=False)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Floats) -> Floats:
         """``[n, d_in]`` to activations ``[n, d_sae]`` in float32: the reference, not the tap."""
         z = self.preactivations(x)
-        acts = torch.where(z > self.threshold, z, 0.0)
+        acts = np.where(z > self.threshold, z, np.float32(0))
         if self.k is None or self.k >= self.n_features:
             return acts
-        top = torch.topk(acts, self.k, dim=-1)
-        return torch.zeros_like(acts).scatter_(-1, top.indices, top.values)
+        others = np.argpartition(acts, -self.k, axis=-1)[:, : -self.k]
+        np.put_along_axis(acts, others, 0, axis=-1)
+        return acts
 
 
 def _config(path: Path) -> _Config:
@@ -147,31 +151,31 @@ def _check(config: _Config, d_model: int, n_layers: int) -> None:
 
 
 def _build(
-    name: str, config: _Config, tensors: dict[str, Tensor], training_max: Tensor
+    name: str, config: _Config, tensors: dict[str, Floats], training_max: Floats
 ) -> Dictionary:
-    encoder, decoder = tensors["W_enc"].T.contiguous(), tensors["W_dec"]
+    encoder, decoder = np.ascontiguousarray(tensors["W_enc"].T), tensors["W_dec"]
     b_enc, b_dec = tensors["b_enc"], tensors["b_dec"]
     threshold = tensors.get("threshold")
     if config.architecture != "jumprelu" and config.rescale_acts_by_decoder_norm:
-        norms = decoder.norm(dim=-1).clamp_min(1e-12)
+        norms = np.maximum(np.linalg.norm(decoder, axis=-1), np.float32(1e-12))
         encoder, b_enc = encoder * norms[:, None], b_enc * norms
         decoder = decoder / norms[:, None]
     if threshold is None and config.architecture == "batchtopk" and "topk_threshold" in tensors:
-        threshold = tensors["topk_threshold"].expand(config.d_sae)
+        threshold = np.full(config.d_sae, tensors["topk_threshold"])
     k = None
     if config.architecture in {"topk", "batchtopk"} and threshold is None:
         if config.k is None:
             raise ModelError("it has neither k nor a threshold for each feature")
         k = int(config.k)
     if threshold is None:
-        threshold = torch.zeros(config.d_sae)
+        threshold = np.zeros(config.d_sae, np.float32)
     bias = b_enc if config.apply_b_dec_to_input else b_enc + encoder @ b_dec
     return Dictionary(
         name=name,
         layer=config.layer,
         encoder=encoder,
         bias=bias,
-        threshold=threshold.clamp_min(0.0).contiguous(),  # below 0 it is ReLU that cuts
+        threshold=np.maximum(threshold, np.float32(0)),  # below 0 it is ReLU that cuts
         decoder=decoder,
         center=b_dec,
         training_max=training_max,
@@ -179,10 +183,10 @@ def _build(
     )
 
 
-def _training_max(path: Path, d_sae: int) -> Tensor:
+def _training_max(path: Path, d_sae: int) -> Floats:
     if not path.exists():
-        return torch.ones(d_sae)
+        return np.ones(d_sae, np.float32)
     maxima = tensor_file.read(path, {"max_activations": (d_sae,)})["max_activations"]
     if (maxima < 0).any():
         raise ModelError(f"{path.name} holds a negative maximum")
-    return torch.where(maxima > 0, maxima, 1.0)
+    return np.where(maxima > 0, maxima, np.float32(1))
