@@ -10,7 +10,7 @@ as a process behind its socket with 10 probes and the 32 strongest of 4,608 feat
 every token. Each peer is tried in several ways, and its best counts. Of a peer only its best
 ways take part in the rounds, which alternate; who is not measured is stopped.
 
-Time it on a quiet machine: about 40 minutes in full, 8 for `--no-peers`.
+Time it on a quiet machine: about 50 minutes in full, 12 for `--no-peers`.
 """
 
 from __future__ import annotations
