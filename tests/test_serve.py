@@ -35,11 +35,11 @@ def test_serve_prints_address_key_and_a_curl_line(served: Served) -> None:
 def test_serve_lists_chats_and_streams(served: Served) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["smollm2-135m"]
-    ask = [{"role": "user", "content": "What is the capital of France?"}]
+    ask = [{"role": "user", "content": "Where is the Golden Gate Bridge?"}]
     whole = client.chat.completions.create(
         model="smollm2-135m", messages=ask, temperature=0, max_tokens=20
     )
-    assert "Paris" in (whole.choices[0].message.content or "")
+    assert "San Francisco" in (whole.choices[0].message.content or "")
     stream = client.chat.completions.create(
         model="smollm2-135m", messages=ask, temperature=0, max_tokens=20, stream=True
     )
@@ -86,9 +86,9 @@ def test_serve_second_start_on_the_same_home_is_refused(served: Served) -> None:
 def test_gateway_process_maps_no_weights_and_cannot_read_them(served: Served) -> None:
     gateway, engine = served.child("gateway"), served.child("engine")
     mapped = Path(f"/proc/{gateway.pid}/maps").read_text()
-    assert "libtorch" not in mapped
+    assert not any(library in mapped for library in ("libtorch", "libllvmlite"))
     assert "safetensors/model" not in mapped
-    assert "libtorch" in Path(f"/proc/{engine.pid}/maps").read_text()
+    assert "libllvmlite" in Path(f"/proc/{engine.pid}/maps").read_text()
     assert not any("models" in file.path for file in gateway.open_files())
 
 
