@@ -113,15 +113,23 @@ class Benchmark:
                 say(f"  {name:<46} {figures.spread(rates)}")
 
     def white_box(self) -> None:
-        """Taps, steering and joining, in one engine process."""
+        """Taps, against an engine without any; steering and joining."""
         with self.engine() as engine:
-            for part, measure in (("taps", white_box.taps), ("steering", white_box.steering)):
-                if self.wants(part):
-                    pairs = measure(engine, self.prompts, self.chosen.pairs, say)
-                    self._add(part, [asdict(one) for one in pairs], [one.row() for one in pairs])
+            if self.wants("taps"):
+                with OwnEngine(self.scratch, self.endless, taps=False) as bare:
+                    self._pairs(
+                        "taps",
+                        white_box.taps(engine, bare, self.prompts, self.chosen.pairs, say),
+                    )
+            if self.wants("steering"):
+                found = white_box.steering(engine, self.prompts, self.chosen.pairs, say)
+                self._pairs("steering", found)
             if self.wants("joining"):
                 joins = white_box.joining(engine, self.prompts, self.chosen.joins, say)
                 self._add("joining", asdict(joins), [*joins.rows()])
+
+    def _pairs(self, part: str, pairs: list[white_box.Pairs]) -> None:
+        self._add(part, [asdict(one) for one in pairs], [one.row() for one in pairs])
 
     def _configs(self) -> list:
         if self.chosen.no_peers:

@@ -74,16 +74,18 @@ def endless(model: Path, target: Path) -> Path:
     return target
 
 
-def start_process(folder: Path, model: Path) -> subprocess.Popen[bytes]:
-    """The worker, with what `random_taps` left in ``folder``; its socket is ``folder/e.sock``."""
+def start_process(
+    folder: Path, model: Path, socket: Path, *, taps: bool
+) -> subprocess.Popen[bytes]:
+    """The worker; with ``taps`` it has what `random_taps` left in ``folder``."""
     places = max(PLACES, config.Engine().max_batch)
     spec = EngineSpec(
         config=config.Engine(max_batch=places),
         model=str(model),
-        socket=str(folder / "e.sock"),
-        probes=str(folder / "probes"),
+        socket=str(socket),
+        probes=str(folder / "probes") if taps else None,
         parent_pid=os.getpid(),
-        features=str(folder / "features"),
+        features=str(folder / "features") if taps else None,
     )
     command = [sys.executable, "-P", "-m", "fortpoint.engine.worker"]
     kept = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
@@ -100,12 +102,13 @@ class OwnEngine:
 
     name = "Fort Point"
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, *, taps: bool = True) -> None:
         self._loop = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._ids = itertools.count()
         self._paused = False
-        self._process = start_process(folder, model)
-        self.client = EngineClient(folder / "e.sock")
+        socket = folder / f"{'full' if taps else 'bare'}.sock"
+        self._process = start_process(folder, model, socket, taps=taps)
+        self.client = EngineClient(socket)
         try:
             self.description = self.do(self._ready())
         except BaseException:
