@@ -75,7 +75,7 @@ class MockUpstream:
         watching = asyncio.create_task(_closed(reader))
         try:
             await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
+            if watching.done() or isinstance(answering.exception(), ConnectionError):
                 self.hung_up.set()
                 writer.close()
         finally:
