@@ -12,6 +12,7 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,7 +34,8 @@ _KEPT_TEXTS = 8192
 class Answers:
     """Carries generations from their prompt's end to their last token.
 
-    ``end`` frees all that a job has in the scheduler.
+    ``end`` frees all that a job has in the scheduler; ``wait`` returns once the last pass's parts
+    hold what was read.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Answers:
         max_context: int,
         new_cache: Callable[[], Cache],
         end: Callable[[Job], None],
+        wait: Callable[[], None],
     ) -> None:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
@@ -51,6 +54,8 @@ class Answers:
         self._max_context = max_context
         self._new_cache = new_cache
         self._end = end
+        self._wait = wait
+        self._unread: list[tuple[Token, Part, bool]] = []
         self._text_of = lru_cache(_KEPT_TEXTS)(lambda token: tokenizer.decode((token,)))
 
     def advance(self, done: Pass, ready: Many[Computed]) -> None:
@@ -150,6 +155,7 @@ class Answers:
         job, request_id = sequence.job, sequence.job.request.id
         job.send(Finished(request_id, sequence.index, reason))
         if job.shares_answer:
+            self._wait()
             sequence.publish(sequence.cache.length)
         self._scheduler.remove(sequence)
         job.n_open -= 1
@@ -166,21 +172,29 @@ class Answers:
 
     def _event(self, sequence: Sequence, text: str, chosen: Chosen) -> Token:
         request = _generate_of(sequence)
-        reading = self._reading(sequence, request)
         if chosen.logprob is None:
-            return Token(request.id, sequence.index, text, reading=reading)
-        top = tuple((self._text_of(token), logprob) for token, logprob in chosen.top or ())
-        token = self._text_of(chosen.token)
-        return Token(request.id, sequence.index, text, token, chosen.logprob, top, reading)
+            event = Token(request.id, sequence.index, text)
+        else:
+            top = tuple((self._text_of(token), logprob) for token, logprob in chosen.top or ())
+            token = self._text_of(chosen.token)
+            event = Token(request.id, sequence.index, text, token, chosen.logprob, top)
+        if sequence.newest is not None and (request.read or request.watch is not None):
+            self._unread.append((event, sequence.newest, request.watch is not None))
+        return event
 
-    def _reading(self, sequence: Sequence, request: Generate) -> Reading | None:
-        """Of the row where this token was chosen, the last that was read."""
-        part = sequence.newest
-        if part is None or not (request.read or request.watch is not None):
-            return None
-        if request.watch is None:
-            return Reading((), 1, part.logits[-1].tobytes(), ())
-        return self._taps.reading([_last_row(part)])
+    def fill(self) -> None:
+        """Put into the events what was read where their tokens were chosen."""
+        if not self._unread:
+            return
+        self._wait()
+        for event, part, watched in self._unread:
+            if watched:
+                reading = self._taps.reading([_last_row(part)])
+            else:
+                reading = Reading((), 1, part.logits[-1].tobytes(), ())
+            # Nobody has seen the event yet.
+            msgspec.structs.force_setattr(event, "reading", reading)
+        self._unread.clear()
 
 
 def _rows(logits: Floats, rows: list[int]) -> Floats:

@@ -68,7 +68,17 @@ class LinearProbes:
 
     def read(self, seen: Mapping[int, Floats], n_rows: int) -> Floats:
         """Logits ``[n_rows, n_probes]`` from the residuals ``[n_rows, d_model]`` of each layer."""
-        logits = np.tile(self._b, (n_rows, 1))
+        logits = self.new_logits(n_rows)
+        self.add(seen, logits)
+        return logits
+
+    def new_logits(self, n_rows: int) -> Floats:
+        """The bias for each row, to which ``add`` adds."""
+        return np.tile(self._b, (n_rows, 1))
+
+    def add(self, seen: Mapping[int, Floats], logits: Floats) -> None:
+        """Add what the layers say of the first rows, in place."""
+        n_rows = len(logits)
         for layer, weights in zip(self.layers, self._weights, strict=True):
             x = np.ascontiguousarray(seen[layer][:n_rows], np.float32)
             n_probes, d_model = weights.shape
@@ -80,4 +90,3 @@ class LinearProbes:
                 n_probes,
                 logits.ctypes.data,
             )
-        return logits

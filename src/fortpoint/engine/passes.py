@@ -11,7 +11,7 @@ ends its own request; nobody else's rows depend on it.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -66,22 +66,29 @@ class Passes:
         self._taps = taps
         self._steering = Steering()
         self._reader = ThreadPoolExecutor(1, "taps")
+        self._reading: Future[None] | None = None
 
     def compute(self, works: Many[Work]) -> Pass:
         """Compute the works' rows. Raises what the model raises; then nothing has changed."""
+        self.wait()
         plan = _Plan(works)
         # What diverges may become anything: it is looked for afterwards, row by row.
         with np.errstate(all="ignore"):
             edits = self._steering.edits(plan.steered, len(plan.tokens))
             result = self._model.forward(self._step(works, plan, edits))
-            # Features are read beside the search for the likeliest tokens: neither holds the
-            # interpreter's lock for long.
-            reading = self._reader.submit(self._taps.read, plan.rows, result.seen)
-            try:
-                findings = _Findings(plan, result, edits)
-            finally:
-                parts = reading.result()
-            return findings.of(works, parts)
+            # Probes and features are read beside the choice of tokens: neither holds the
+            # interpreter's lock for long. Only what answers are chosen from can wait so.
+            parts, fill = self._taps.begin(plan.rows, result.seen)
+            self._reading = self._reader.submit(fill)
+            if not all(work.sequence.decodes for work in works):
+                self.wait()
+            return _Findings(plan, result, edits).of(works, parts)
+
+    def wait(self) -> None:
+        """Until the last pass's parts hold what was read. Before the next pass, at the latest."""
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
+            reading.result()
 
     def close(self) -> None:
         self._reader.shutdown()

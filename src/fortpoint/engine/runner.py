@@ -51,7 +51,13 @@ class Runner:
         self._on_crash = on_crash
         self._passes = Passes(model, taps)
         self._answers = Answers(
-            tokenizer, scheduler, taps, model.max_context, model.new_cache, self._end
+            tokenizer,
+            scheduler,
+            taps,
+            model.max_context,
+            model.new_cache,
+            self._end,
+            self._passes.wait,
         )
         self._results = Results(model, tokenizer, scheduler, taps)
         self._numbers = itertools.count()
@@ -102,7 +108,7 @@ class Runner:
                 command()
                 wait = False
         except queue.Empty:
-            self._outbox.flush()
+            self._flush()
             return True
 
     def _admit(self, job: Job) -> None:
@@ -146,8 +152,12 @@ class Runner:
         works = self._scheduler.plan()
         if works:
             self._compute(works)
-        self._outbox.flush()
+        self._flush()
         return bool(works)
+
+    def _flush(self) -> None:
+        self._answers.fill()
+        self._outbox.flush()
 
     def _compute(self, works: Many[Work]) -> None:
         before = [work.sequence.cache.length for work in works]

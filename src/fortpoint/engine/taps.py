@@ -15,7 +15,7 @@ A prompt that was computed in chunks has a part of each; ``reading`` puts them t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,24 +97,37 @@ class Taps:
 
     def read(self, rows: Sequence[Rows], seen: Mapping[int, Floats]) -> list[Part]:
         """What is at these rows, in their order; ``seen`` has all of the step's rows."""
-        n_rows = max((part.end for part in rows), default=0)
-        logits = self.probes.read({layer: seen[layer][:n_rows] for layer in seen}, n_rows)
+        parts, fill = self.begin(rows, seen)
+        fill()
+        return parts
+
+    def begin(
+        self, rows: Sequence[Rows], seen: Mapping[int, Floats]
+    ) -> tuple[list[Part], Callable[[], None]]:
+        """The same, with parts that hold nothing until the second result was called.
+
+        It needs no interpreter lock for most of its work, and ``seen`` until it returns.
+        """
+        logits = self.probes.new_logits(max((part.end for part in rows), default=0))
+        works: list[Callable[[], None]] = [lambda: self.probes.add(seen, logits)]
         watched: dict[str, list[int]] = {}
         for number, part in enumerate(rows):
             for name in part.watch.dictionaries if part.watch else ():
                 watched.setdefault(name, []).append(number)
         features: list[dict[str, FeaturePart]] = [{} for _ in rows]
         for name, numbers in watched.items():
-            read = self._features(name, [rows[number] for number in numbers], seen)
-            for number, one in zip(numbers, read, strict=True):
+            begun, work = self._features(name, [rows[number] for number in numbers], seen)
+            works.append(work)
+            for number, one in zip(numbers, begun, strict=True):
                 features[number][name] = one
-        return [
+        parts = [
             Part(
                 logits[part.start : part.end],
                 tuple(own[name] for name in part.watch.dictionaries) if part.watch else (),
             )
             for part, own in zip(rows, features, strict=True)
         ]
+        return parts, lambda: _do(works)
 
     def reading(self, parts: Sequence[Part], segments: tuple[Segment, ...] = ()) -> Reading:
         """One reading of the parts' tokens in order. Without segments it names no probes."""
@@ -133,22 +146,28 @@ class Taps:
 
     def _features(
         self, name: str, parts: Sequence[Rows], seen: Mapping[int, Floats]
-    ) -> list[FeaturePart]:
+    ) -> tuple[list[FeaturePart], Callable[[], None]]:
         encoder = self._encoder(name)
         wanted = np.concatenate([np.arange(part.start, part.end) for part in parts])
         top = max(part.watch.top for part in parts if part.watch)
-        indices, values = encoder.strongest(seen[encoder.layer], wanted, top)
-        read, end = [], 0
+        indices = np.empty((len(wanted), top), np.int32)
+        values = np.empty((len(wanted), top), np.float32)
+        begun, end = [], 0
         for part in parts:
             start, end = end, end + part.end - part.start
             top = part.watch.top if part.watch else 0
-            read.append(FeaturePart(name, indices[start:end, :top], values[start:end, :top]))
-        return read
+            begun.append(FeaturePart(name, indices[start:end, :top], values[start:end, :top]))
+        return begun, lambda: encoder.strongest(seen[encoder.layer], wanted, indices, values)
 
     def _encoder(self, name: str) -> _Encoder:
         if name not in self._encoders:
             self._encoders[name] = _Encoder(self._library.dictionary(name))
         return self._encoders[name]
+
+
+def _do(works: Sequence[Callable[[], None]]) -> None:
+    for work in works:
+        work()
 
 
 class _Encoder:
@@ -171,12 +190,11 @@ class _Encoder:
         self._n_rows = self._most = 0
 
     def strongest(
-        self, x: Floats, rows: NDArray[np.int64], top: int
-    ) -> tuple[NDArray[np.int32], Floats]:
-        """The ``top`` features of each of ``x[rows]``, strongest first."""
-        n = len(rows)
+        self, x: Floats, rows: NDArray[np.int64], indices: NDArray[np.int32], values: Floats
+    ) -> None:
+        """The strongest features of each of ``x[rows]``, in order, into ``[n, top]`` arrays."""
+        n, top = indices.shape
         self._make_room(n, max(top, self._k))
-        indices, values = np.empty((n, top), np.int32), np.empty((n, top), np.float32)
         for entry, array in (
             (Entry.X, np.ascontiguousarray(x, np.float32)),
             (Entry.ROWS, rows),
@@ -187,7 +205,6 @@ class _Encoder:
             self._numbers[entry] = array.ctypes.data
         self._numbers[[Entry.N_ROWS, Entry.TOP]] = n, top
         feature_reader()(self._numbers.ctypes.data)
-        return indices, values
 
     def _make_room(self, n_rows: int, most: int) -> None:
         if n_rows > self._n_rows:

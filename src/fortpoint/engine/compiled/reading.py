@@ -22,7 +22,6 @@ from fortpoint.engine.compiled.product import tile_product
 from fortpoint.engine.compiled.rows import dot, round_to_bytes
 from fortpoint.engine.compiled.table import Entries
 from fortpoint.engine.compiled.vector import (
-    FAST,
     LANES,
     call6,
     instructions,
@@ -39,6 +38,8 @@ MARGIN = 0.002
 """Of the product of a row's and a feature's length: more than rounding to bytes changes."""
 
 _INT8 = KINDS.index("int8")
+_STRIDE = 32
+"""Features that are looked at together: mostly none of them is active."""
 
 
 class Reading(Entries):
@@ -127,17 +128,16 @@ def _strongest(t: Any, i: Any, n_tiles: Any) -> None:
     margin = np.float32(MARGIN) * np.sqrt(dot(x, x, d))
     most = k if k > 0 else top
     best, found = number(t, Reading.BEST), number(t, Reading.BEST_INDICES)
-    n = 0
-    for first in range(0, number(t, Reading.N_FEATURES), LANES):
-        last = min(first + LANES, number(t, Reading.N_FEATURES))
-        if not _any_over(t, z, margin, first, last):
+    biases, lengths = number(t, Reading.BIAS), number(t, Reading.LENGTH)
+    thresholds, n = number(t, Reading.THRESHOLD), 0
+    for first in range(0, number(t, Reading.N_FEATURES), _STRIDE):
+        last = min(first + _STRIDE, number(t, Reading.N_FEATURES))
+        whole_stride = last == first + _STRIDE
+        if whole_stride and not _any_over(z, biases, lengths, thresholds, margin, first):
             continue
         for f in range(first, last):
-            bias, threshold = (
-                real(number(t, Reading.BIAS), f),
-                real(number(t, Reading.THRESHOLD), f),
-            )
-            bound = real(z, f) + bias + margin * real(number(t, Reading.LENGTH), f)
+            bias, threshold = real(biases, f), real(thresholds, f)
+            bound = real(z, f) + bias + margin * real(lengths, f)
             weight = np.float32(1.0) if k > 0 else real(number(t, Reading.SCALE), f)
             if bound <= threshold or (n == most and bound * weight <= real(best, most - 1)):
                 continue
@@ -182,11 +182,11 @@ def _insert(values: Any, indices: Any, n: Any, most: Any, value: Any, index: Any
     return min(n + 1, most)
 
 
-@jit(fastmath=FAST)
-def _any_over(t: Any, z: Any, margin: Any, first: Any, last: Any) -> Any:
-    biases, lengths = number(t, Reading.BIAS), number(t, Reading.LENGTH)
-    highest = np.float32(-1.0)
-    for f in range(first, last):
-        over = real(z, f) + real(biases, f) + margin * real(lengths, f)
-        highest = max(highest, over - real(number(t, Reading.THRESHOLD), f))
-    return highest > 0
+@jit()
+def _any_over(z: Any, biases: Any, lengths: Any, thresholds: Any, margin: Any, first: Any) -> Any:
+    """Whether one of ``_STRIDE`` features from ``first`` on may be active."""
+    found = 0
+    for f in range(first, first + _STRIDE):
+        bound = real(z, f) + real(biases, f) + margin * real(lengths, f)
+        found |= 1 if bound > real(thresholds, f) else 0
+    return found
