@@ -140,3 +140,11 @@ def test_nothing_to_read_is_an_empty_reading() -> None:
 def test_watch_that_cannot_be_done_is_refused(taps: Taps, watch: Watch, complaint: str) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
         taps.check(watch)
+
+
+def test_watch_of_a_width_that_the_reader_cannot_take_is_refused() -> None:
+    odd = Dictionary(
+        **{**SPARSE.__dict__, "name": "odd", "encoder": np.zeros((N, 48), np.float32)},
+    )
+    with pytest.raises(InvalidRequest, match="multiple of 32"):
+        Taps(Library({"odd": odd}), LinearProbes.none(48)).check(Watch(("odd",), 3))

@@ -148,7 +148,7 @@ def check_compute() -> Iterator[Check]:
         yield Check("torch", "broken", reason, "install again: remove .venv, then `make serve`")
         return
     yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    found = precision.choose("auto")
+    found = precision.Precision("auto", precision.measure())
     for i, rows in enumerate(precision.ROWS):
         times = {kind: seconds[i] for kind, seconds in found.seconds.items()}
         listed = ", ".join(f"{kind} {took_s * 1e3:.2f} ms" for kind, took_s in times.items())

@@ -10,7 +10,7 @@ bytes with a scale for each 32, as llama.cpp does.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -56,13 +56,15 @@ class Precision(msgspec.Struct, frozen=True):
 
 def choose(wanted: Wanted) -> Precision:
     """The precision that configuration's ``engine.dtype`` stands for here."""
-    return Precision(wanted, measure() if wanted == "auto" else {})
+    return Precision(wanted, measure(rows=ROWS[:2]) if wanted == "auto" else {})
 
 
-def measure(kinds: Iterable[Kind] = KINDS) -> dict[Kind, tuple[float, ...]]:
+def measure(
+    kinds: Iterable[Kind] = KINDS, rows: Sequence[int] = ROWS
+) -> dict[Kind, tuple[float, ...]]:
     """Time each kind in one thread; takes about a second, most of it to compile."""
     weight = np.ones(_SHAPE, np.float32)
-    return {kind: _time(kind, weight) for kind in kinds}
+    return {kind: _time(kind, weight, rows) for kind in kinds}
 
 
 def plain(kind: Kind) -> Precision:
@@ -78,13 +80,13 @@ def _keeps(weight: NDArray[np.float32], kind: Kind) -> bool:
     return rounding_error(some, kind) <= _LOSSLESS[kind]
 
 
-def _time(kind: Kind, weight: NDArray[np.float32]) -> tuple[float, ...]:
+def _time(kind: Kind, weight: NDArray[np.float32], each: Sequence[int]) -> tuple[float, ...]:
     tiles = np.concatenate([pack(weight, kind).data] * _N_MATRICES)
     product = tile_product(kind, instructions())
     acts = Activations(max(ROWS) * _SHAPE[1])
     out = np.empty((max(ROWS), LANES), np.float32)
     seconds = []
-    for rows in ROWS:
+    for rows in each:
         work = (product, tiles, rows, _SHAPE[1], acts.addresses.ctypes.data, out.ctypes.data)
         seconds.append(min(_seconds(work) for _ in range(_REPEATS)))
     return tuple(seconds)

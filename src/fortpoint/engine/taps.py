@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fortpoint.engine.compiled import packed
+from fortpoint.engine.compiled.packed import GROUP
 from fortpoint.engine.compiled.reading import Reading as Entry
 from fortpoint.engine.compiled.reading import feature_reader
 from fortpoint.engine.compiled.rows import Activations
@@ -81,7 +82,12 @@ class Taps:
         if len(set(watch.dictionaries)) != len(watch.dictionaries):
             raise InvalidRequest("a dictionary is named twice", param="watch")
         for name in watch.dictionaries:
-            self._library.dictionary(name)
+            if self._library.dictionary(name).encoder.shape[1] % GROUP:
+                raise InvalidRequest(
+                    f"{name} reads a stream whose width is no multiple of {GROUP}, which cannot "
+                    "be watched yet",
+                    param="watch",
+                )
 
     def last_layer(self, watch: Watch | None = None) -> int:
         """The last layer that a reading needs; -1 when it needs none."""
