@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,47 @@ def test_forward_without_room_is_refused_before_anything_is_computed(model: Llam
     with pytest.raises(ValueError, match="no room"):
         model.forward(Step(TOKENS[:40], [Span(cache, 0, 40)]))
     assert cache.length == 0
+    cache.release()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens": [1, 259]},  # of a tokenizer that has more tokens than the embedding has rows
+        {"tokens": [1, -1]},
+        {"logit_rows": [2]},
+        {"logit_rows": [-1]},
+        {"tap_layers": (3,)},
+        {"last_layer": 3},
+    ],
+)
+def test_forward_of_what_the_model_does_not_have_is_refused_before_memory_is_read(
+    model: Llama, wrong: dict[str, Any]
+) -> None:
+    cache = model.new_cache()
+    assert cache.reserve(2)
+    step = Step(**({"tokens": [1, 2], "spans": [Span(cache, 0, 2)]} | wrong))
+    with pytest.raises(ValueError, match="does not have"):
+        model.forward(step)
+    assert cache.length == 0
+    cache.release()
+
+
+def test_forward_with_rows_that_are_nobodys_is_refused(model: Llama) -> None:
+    cache = model.new_cache()
+    assert cache.reserve(4)
+    for spans in ([Span(cache, 0, 1)], [Span(cache, 1, 2)], [Span(cache, 0, 3)]):
+        with pytest.raises(ValueError, match="does not have"):
+            model.forward(Step([1, 2], spans))
+    cache.release()
+
+
+def test_forward_beyond_the_longest_context_is_refused(model: Llama) -> None:
+    cache = model.new_cache()
+    assert cache.reserve(model.max_context + 32)
+    cache.length = model.max_context
+    with pytest.raises(ValueError, match="no room"):
+        model.forward(Step([1], [Span(cache, 0, 1)]))
     cache.release()
 
 

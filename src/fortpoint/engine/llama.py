@@ -12,6 +12,7 @@ all matrices are.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,9 +103,7 @@ class Llama:
     def forward(self, step: Step) -> Result:
         """See ``Model.forward``."""
         caches = [_own(span) for span in step.spans]
-        for span, cache in zip(step.spans, caches, strict=True):
-            if cache.length + span.end - span.start > len(cache.blocks) * BLOCK:
-                raise ValueError("a sequence has no room for its rows")
+        self._check(step, caches)
         n_rows = len(step.tokens)
         n_threads = self._pace.choose(n_rows)
         self._table.write(step, caches, n_threads)
@@ -114,6 +113,24 @@ class Llama:
         for span, cache in zip(step.spans, caches, strict=True):
             cache.length += span.end - span.start
         return self._table.result(step)
+
+    def _check(self, step: Step, caches: Sequence[KVCache]) -> None:
+        """The program reads memory by these numbers: a tokenizer may name tokens that the
+        embedding lacks. Raises ``ValueError``; nothing has been computed then."""
+        for span, cache in zip(step.spans, caches, strict=True):
+            end = cache.length + span.end - span.start
+            if end > min(len(cache.blocks) * BLOCK, self.max_context):
+                raise ValueError("a sequence has no room for its rows")
+        n_rows, layers = len(step.tokens), (*step.tap_layers, step.last_layer or 0)
+        inside = (
+            0 <= min(step.tokens) <= max(step.tokens) < self.vocab_size
+            and all(0 <= row < n_rows for row in step.logit_rows)
+            and all(0 <= layer < self.n_layers for layer in layers)
+            and [span.start for span in step.spans] == [0, *(s.end for s in step.spans[:-1])]
+            and step.spans[-1].end == n_rows
+        )
+        if not inside:
+            raise ValueError("a step names a token, row or layer that the model does not have")
 
 
 def _own(span: Span) -> KVCache:
