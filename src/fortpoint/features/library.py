@@ -26,7 +26,9 @@ from fortpoint.features.sae import CONFIG, Dictionary
 
 DIRECTIONS = "directions"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a dictionary or direction may be called."""
+
 _MAX_INDEX_DIGITS = 7
 _SHOWN_NAMES = 5
 
@@ -149,7 +151,7 @@ def _load_all(
     loaded: dict[str, _T] = {}
     for path in paths:
         try:
-            if not _NAME.fullmatch(path.name):
+            if not NAME.fullmatch(path.name):
                 raise ModelError("its name may have letters, digits, '.', '_' and '-' only")
             loaded[path.name] = load(path)
         except ModelError as error:
