@@ -1,0 +1,1 @@
+"""Other tools' files: SAELens dictionaries, Neuronpedia's JSONL, GGUF control vectors."""
