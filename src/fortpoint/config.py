@@ -224,6 +224,22 @@ class Extraction(_Section, frozen=True, kw_only=True):
     ] = "operator"
 
 
+class Watch(_Section, frozen=True, kw_only=True):
+    """What is read at every token of every request. A target that is not loaded stops the start."""
+
+    targets: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Directions and features (`<dictionary>/<index>`), at most 64. `name:0.8` "
+            "alerts above 0.8 of its training maximum, a bare `name` above `watch.threshold`."
+        ),
+    ] = ()
+    threshold: Annotated[
+        float,
+        Meta(gt=0, le=100, description="Alerts begin above this where none is named."),
+    ] = 0.5
+
+
 class Audit(_Section, frozen=True, kw_only=True):
     """The record."""
 
@@ -242,6 +258,7 @@ class Config(_Section, frozen=True, kw_only=True):
     upstream: Upstream = Upstream()
     guard: Guard = Guard()
     extraction: Extraction = Extraction()
+    watch: Watch = Watch()
     audit: Audit = Audit()
 
     @property

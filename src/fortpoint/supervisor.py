@@ -26,6 +26,8 @@ from fortpoint.engine.upstream.observer import is_upstream
 from fortpoint.engine.upstream.target import key_variables
 from fortpoint.engine.worker import EngineSpec
 from fortpoint.errors import ConfigError, EngineUnavailable
+from fortpoint.features.shipped import ARTEFACTS as SHIPPED
+from fortpoint.features.watched import watched
 from fortpoint.home import Home
 from fortpoint.vault.model_folder import model_path
 
@@ -130,6 +132,8 @@ def engine_child(config: Config, home: Home, probes: Path | None) -> Child:
         parent_pid=os.getpid(),
         features=str(home.features),
         adapters=str(home.adapters),
+        shipped=str(SHIPPED),
+        targets=tuple(watched(config)),
     )
     command = _module("fortpoint.engine.worker", msgspec.json.encode(spec).decode())
     return Child("engine", command, _environment() | _ENGINE_MALLOC)

@@ -55,13 +55,15 @@ class FeatureReading(msgspec.Struct, frozen=True):
     values: bytes
 
 
-class Reading(msgspec.Struct, frozen=True):
+class Reading(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was read in the residual stream: the linear probes, and features where asked for.
 
     ``logits`` is a C-ordered little-endian float32 array of shape ``[n_tokens, n_probes]``:
     one logit for each token and probe. ``segments`` cover all ``n_tokens`` of a prompt in
-    order. The reading of one answer token names no probes and has no segments: its probes are
-    those of the prompt's reading.
+    order. ``targets`` are the features and directions that this server reads at every token, and
+    ``target_values`` how active each is: float32 ``[n_tokens, n_targets]``, in units of their
+    training maxima. The reading of one answer token names no probes and no targets and has no
+    segments: its columns are those of the prompt's reading.
     """
 
     probes: tuple[str, ...]
@@ -69,6 +71,8 @@ class Reading(msgspec.Struct, frozen=True):
     logits: bytes
     segments: tuple[Segment, ...]
     features: tuple[FeatureReading, ...] = ()
+    targets: tuple[str, ...] = ()
+    target_values: bytes = b""
 
 
 class Score(msgspec.Struct, frozen=True):

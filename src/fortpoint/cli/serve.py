@@ -22,6 +22,7 @@ from fortpoint.engine.protocol import Description
 from fortpoint.engine.upstream.observer import is_upstream, runs_a_model
 from fortpoint.engine.upstream.target import Target, load_targets
 from fortpoint.errors import ConfigError
+from fortpoint.features.watched import watched
 from fortpoint.home import Home
 
 _FIRST_USER = "first-customer"
@@ -58,8 +59,9 @@ def _serve(config: Config, home: Home) -> int:
     from fortpoint import supervisor
 
     started = time.monotonic()
-    # What is wrong with the upstreams is said here, before anything runs.
+    # What is wrong with the upstreams and what is watched is said here, before anything runs.
     targets = load_targets(config.upstream) if is_upstream(config) else ()
+    watched(config)
     listener = supervisor.listen(config.server.host, config.server.port)
     if runs_a_model(config):
         _fetch(config.engine.model, home)

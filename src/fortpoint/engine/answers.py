@@ -26,7 +26,7 @@ from fortpoint.engine.scheduler import Scheduler
 from fortpoint.engine.sequence import Answer, Job, Sequence
 from fortpoint.engine.taps import FeaturePart, Part, Taps
 from fortpoint.errors import FortPointError
-from fortpoint.types import Reading, Usage
+from fortpoint.types import Usage
 
 _KEPT_TEXTS = 8192
 
@@ -191,7 +191,7 @@ class Answers:
             if watched:
                 reading = self._taps.reading([_last_row(part)])
             else:
-                reading = Reading((), 1, part.logits[-1].tobytes(), ())
+                reading = self._taps.last_token(part)
             # Nobody has seen the event yet.
             msgspec.structs.force_setattr(event, "reading", reading)
         self._unread.clear()

@@ -54,7 +54,7 @@ class Cache(Protocol):
     def publish(self, tokens: Sequence[int], salt: str, rows: Floats) -> None:
         """Let others with the same ``salt`` adopt the computed beginning of ``tokens``.
 
-        ``rows`` ``[>= length, n]`` is kept along: the probes' logits of these tokens.
+        ``rows`` ``[>= length, n]`` is kept along: what is always read at these tokens.
         """
 
 

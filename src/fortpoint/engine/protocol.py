@@ -94,10 +94,11 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     """Prefill, then (after ``Proceed`` when ``hold``) decode.
 
     Exactly one of ``messages`` (rendered with the chat template) and ``prompt`` (raw text,
-    counted as the user's) is given. ``read`` asks for the probes' ``Reading``. ``adapter``
-    names a LoRA adapter. ``stop_when`` ends the answer at the first token where one of its
-    conditions holds. ``tenant`` is who asks: places are shared fairly between tenants, and
-    only requests of one tenant share what was computed for a common prefix.
+    counted as the user's) is given. ``read`` asks for the ``Reading`` of the probes and of what
+    is always watched. ``adapter`` names a LoRA adapter. ``stop_when`` ends the answer at the
+    first token where one of its conditions holds. ``tenant`` is who asks: places are shared
+    fairly between tenants, and only requests of one tenant share what was computed for a
+    common prefix.
     """
 
     id: str

@@ -247,7 +247,7 @@ class Sequence:
             self.cache.publish(self.tokens[:n_tokens], self.job.salt, rows)
 
     def logits_read(self) -> Floats:
-        """The probes' logits ``[n, n_probes]`` of the tokens computed so far."""
+        """What is always read (``Part.logits``) at the tokens computed so far."""
         return np.concatenate([part.logits for part in self.read])
 
     def evict(self) -> None:

@@ -1,9 +1,9 @@
 """Reads probes and features in the residual stream, for next to nothing.
 
-The forward pass keeps a copy of the layers that somebody reads. Then all probes are one small
-product over all rows, and each dictionary that somebody watches is one product over the rows
-that watch it (``compiled/reading.py``), which needs no interpreter lock: it may run while the
-next tokens are chosen.
+The forward pass keeps a copy of the layers that somebody reads. Then all probes, and the targets
+that the operator has read always, are small products over all rows, and each dictionary that
+somebody watches is one product over the rows that watch it (``compiled/reading.py``), which
+needs no interpreter lock: it may run while the next tokens are chosen.
 
     rows = [Rows(0, 1, watch=None), Rows(1, 65, watch=Watch(("l15",), top=32))]
     result = model.forward(Step(..., tap_layers=taps.layers(rows)))
@@ -31,6 +31,7 @@ from fortpoint.engine.compiled.vector import LANES
 from fortpoint.engine.linear_probe import LinearProbes
 from fortpoint.engine.model import Floats
 from fortpoint.engine.protocol import Watch
+from fortpoint.engine.target_reader import TargetReader
 from fortpoint.errors import InvalidRequest
 from fortpoint.features.library import Library
 from fortpoint.features.sae import Dictionary
@@ -59,7 +60,11 @@ class FeaturePart:
 
 @dataclass(frozen=True)
 class Part:
-    """What was read at some rows: probes' logits ``[n_rows, n_probes]``, and features."""
+    """What was read at some rows, and features.
+
+    ``logits`` is ``[n_rows, n_probes + n_targets]``: the probes' logits, and in its last columns
+    how active each target is.
+    """
 
     logits: NDArray[np.float32]
     features: tuple[FeaturePart, ...] = ()
@@ -68,8 +73,11 @@ class Part:
 class Taps:
     """What can be read. ``check`` a request's wishes before its rows are begun."""
 
-    def __init__(self, library: Library, probes: LinearProbes) -> None:
+    def __init__(
+        self, library: Library, probes: LinearProbes, targets: TargetReader | None = None
+    ) -> None:
         self.probes = probes
+        self.targets = TargetReader() if targets is None else targets
         self._library = library
         self._encoders: dict[str, _Encoder] = {}
 
@@ -93,13 +101,13 @@ class Taps:
         """The last layer that a reading needs; -1 when it needs none."""
         names = () if watch is None else watch.dictionaries
         layers = [self._library.dictionary(name).layer for name in names]
-        return max(layers, default=self.probes.last_layer)
+        return max(layers, default=max(self.probes.last_layer, self.targets.last_layer))
 
     def layers(self, rows: Sequence[Rows]) -> tuple[int, ...]:
         """The layers whose residual stream ``read`` needs."""
         names = {name for part in rows if part.watch for name in part.watch.dictionaries}
         watched = {self._library.dictionary(name).layer for name in names}
-        return tuple(sorted({*self.probes.layers, *watched}))
+        return tuple(sorted({*self.probes.layers, *self.targets.layers, *watched}))
 
     def read(self, rows: Sequence[Rows], seen: Mapping[int, Floats]) -> list[Part]:
         """What is at these rows, in their order; ``seen`` has all of the step's rows."""
@@ -114,8 +122,8 @@ class Taps:
 
         It needs no interpreter lock for most of its work, and ``seen`` until it returns.
         """
-        logits = self.probes.new_logits(max((part.end for part in rows), default=0))
-        works: list[Callable[[], None]] = [lambda: self.probes.add(seen, logits)]
+        logits, work = self._always(max((part.end for part in rows), default=0), seen)
+        works = [work]
         watched: dict[str, list[int]] = {}
         for number, part in enumerate(rows):
             for name in part.watch.dictionaries if part.watch else ():
@@ -136,8 +144,9 @@ class Taps:
         return parts, lambda: _do(works)
 
     def reading(self, parts: Sequence[Part], segments: tuple[Segment, ...] = ()) -> Reading:
-        """One reading of the parts' tokens in order. Without segments it names no probes."""
-        logits = np.concatenate([part.logits for part in parts])
+        """One reading of the parts' tokens in order. Without segments it names no columns."""
+        always = np.concatenate([part.logits for part in parts])
+        n_probes = len(self.probes.names)
         features = tuple(
             FeatureReading(
                 dictionary=same[0].dictionary,
@@ -147,8 +156,37 @@ class Taps:
             )
             for same in zip(*(part.features for part in parts), strict=True)
         )
-        names = self.probes.names if segments else ()
-        return Reading(names, len(logits), logits.tobytes(), segments, features)
+        return Reading(
+            probes=self.probes.names if segments else (),
+            n_tokens=len(always),
+            logits=always[:, :n_probes].tobytes(),
+            segments=segments,
+            features=features,
+            targets=self.targets.names if segments else (),
+            target_values=always[:, n_probes:].tobytes(),
+        )
+
+    def last_token(self, part: Part) -> Reading:
+        """What is always read, at the last of these rows."""
+        row, n_probes = part.logits[-1], len(self.probes.names)
+        return Reading((), 1, row[:n_probes].tobytes(), (), target_values=row[n_probes:].tobytes())
+
+    def _always(
+        self, n_rows: int, seen: Mapping[int, Floats]
+    ) -> tuple[NDArray[np.float32], Callable[[], None]]:
+        """Room for what is read at all of so many rows, and what fills it."""
+        logits = self.probes.new_logits(n_rows)
+        if not self.targets.names:
+            return logits, lambda: self.probes.add(seen, logits)
+        n_probes = logits.shape[1]
+        always = np.empty((n_rows, n_probes + len(self.targets.names)), np.float32)
+
+        def fill() -> None:
+            self.probes.add(seen, logits)
+            always[:, :n_probes] = logits
+            self.targets.read(seen, always[:, n_probes:])
+
+        return always, fill
 
     def _features(
         self, name: str, parts: Sequence[Rows], seen: Mapping[int, Floats]

@@ -42,7 +42,9 @@ class EngineSpec(msgspec.Struct, frozen=True):
     """What the worker is told by its parent: paths, and which process that is.
 
     ``probes`` is the stem of the linear probes' two files, ``features`` the folder of
-    dictionaries and directions, ``adapters`` that of LoRA adapters; both may be absent.
+    dictionaries and directions, ``shipped`` that of the dictionaries that come with the product,
+    ``adapters`` that of LoRA adapters; all may be absent. ``targets`` are the features and
+    directions that are read at every token.
     """
 
     config: configuration.Engine
@@ -52,6 +54,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     parent_pid: int
     features: str | None = None
     adapters: str | None = None
+    shipped: str | None = None
+    targets: tuple[str, ...] = ()
 
 
 def main() -> int:
@@ -73,7 +77,9 @@ def main() -> int:
 def readable(spec: EngineSpec) -> list[Path]:
     """All that the process may read: interpreter, packages, the model and what reads it."""
     probes = [] if spec.probes is None else _probe_files(spec.probes)
-    folders = [Path(path) for path in (spec.model, spec.features, spec.adapters) if path]
+    folders = [
+        Path(path) for path in (spec.model, spec.features, spec.adapters, spec.shipped) if path
+    ]
     return [*hardening.python_paths(), *hardening.runtime_paths(), *folders, *probes]
 
 
@@ -130,13 +136,15 @@ class _Engine:
         from fortpoint.engine.sequence import Sent
         from fortpoint.engine.server import EngineServer
         from fortpoint.engine.taps import Taps
+        from fortpoint.engine.target_reader import TargetReader
         from fortpoint.vault.model_folder import open_model
 
         config, folder = spec.config, open_model(Path(spec.model))
         self._model = model = load_model(folder.path, config)
-        library = _library(spec, model)
+        library = _library(spec, folder, model)
         adapters = _adapters(spec, folder, model)
-        taps = Taps(library, _probes(spec, model))
+        targets = TargetReader.load(spec.targets, library)
+        taps = Taps(library, _probes(spec, model), targets)
         tokenizer = ChatTokenizer.load(folder.path)
         grammars = _grammars(folder.path, model, tokenizer)
         scheduler = Scheduler(
@@ -195,13 +203,19 @@ def _probes(spec: EngineSpec, model: Model) -> LinearProbes:
     return LinearProbes.load(Path(spec.probes), model.d_model, model.n_layers)
 
 
-def _library(spec: EngineSpec, model: Model) -> Library:
+def _library(spec: EngineSpec, folder: ModelFolder, model: Model) -> Library:
     """Dictionaries and directions; what does not fit is said, and left out."""
+    from fortpoint.features import shipped
     from fortpoint.features.library import Library
 
-    if spec.features is None:
-        return Library()
-    library = Library.load(Path(spec.features), model.d_model, model.n_layers)
+    made_for: tuple[Path, ...] = ()
+    if spec.shipped is not None:
+        try:
+            made_for = shipped.made_for(folder.manifest.digest, Path(spec.shipped))
+        except ModelError as error:
+            _say_left_out({"what was shipped": error.message})
+    own = None if spec.features is None else Path(spec.features)
+    library = Library.load(own, model.d_model, model.n_layers, made_for)
     _say_left_out(library.left_out)
     return library
 

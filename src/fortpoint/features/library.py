@@ -7,12 +7,17 @@
 A target is ``"<dictionary>/<index>"`` or the name of a direction. What is broken or was made
 for another model is left out with its reason, which a request that names it is told; the
 engine starts all the same. Names are looked up among what was loaded and never become paths.
+
+Dictionaries that come with the product (``shipped.py``) stand beside the home's own; one of the
+home's takes the place of a shipped one of its name, also where it cannot be loaded: the same
+name must not come to mean other features.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -26,9 +31,7 @@ from fortpoint.features.sae import CONFIG, Dictionary
 
 DIRECTIONS = "directions"
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""What a dictionary or direction may be called."""
-
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_INDEX_DIGITS = 7
 _SHOWN_NAMES = 5
 
@@ -62,14 +65,23 @@ class Library:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: Path, d_model: int, n_layers: int) -> Library:
-        """Everything in ``folder`` that fits the model; an absent folder is an empty library."""
+    def load(
+        cls, folder: Path | None, d_model: int, n_layers: int, shipped: Sequence[Path] = ()
+    ) -> Library:
+        """Everything in ``folder`` that fits the model, and the ``shipped`` dictionaries.
+
+        A folder that is None or absent is empty.
+        """
         left_out: dict[str, str] = {}
+        own = [] if folder is None else list(_dictionary_folders(folder))
+        taken = {path.name for path in own}
         dictionaries = _load_all(
-            _dictionary_folders(folder), left_out, lambda p: Dictionary.load(p, d_model, n_layers)
+            [*(path for path in shipped if path.name not in taken), *own],
+            left_out,
+            lambda p: Dictionary.load(p, d_model, n_layers),
         )
         directions = _load_all(
-            _direction_stems(folder / DIRECTIONS),
+            [] if folder is None else _direction_stems(folder / DIRECTIONS),
             left_out,
             lambda p: Direction.load(p, d_model, n_layers),
         )
@@ -109,10 +121,20 @@ class Library:
             return InvalidRequest(f"{shown} could not be loaded: {self.left_out[name]}")
         if name in self.dictionaries:
             return InvalidRequest(f"{shown} is a dictionary; name a feature of it as {name}/0")
-        names = ", ".join(sorted(known)[:_SHOWN_NAMES])
-        more = ", ..." if len(known) > _SHOWN_NAMES else ""
-        here = f"{len(known)} here: {names}{more}" if known else "none is here"
+        near = difflib.get_close_matches(name[:64], known, n=_SHOWN_NAMES, cutoff=0.0)
+        more = ", ..." if len(known) > len(near) else ""
+        here = f"{len(known)} here: {', '.join(near)}{more}" if near else "none is here"
         return InvalidRequest(f"there is no {kind} {shown} ({here})")
+
+
+def check_name(name: str) -> None:
+    """Raises ``InvalidRequest`` for what can be no dictionary's or direction's name."""
+    if not _NAME.fullmatch(name) or name == DIRECTIONS:
+        raise InvalidRequest(
+            "a name has letters, digits, '.', '_' and '-' only, 64 at most, and begins with a "
+            "letter or digit",
+            param="name",
+        )
 
 
 def _feature(dictionary: Dictionary, index: str) -> Target:
@@ -146,12 +168,12 @@ def _direction_stems(folder: Path) -> Iterator[Path]:
 
 
 def _load_all(
-    paths: Iterator[Path], left_out: dict[str, str], load: Callable[[Path], _T]
+    paths: Iterable[Path], left_out: dict[str, str], load: Callable[[Path], _T]
 ) -> dict[str, _T]:
     loaded: dict[str, _T] = {}
     for path in paths:
         try:
-            if not NAME.fullmatch(path.name):
+            if not _NAME.fullmatch(path.name):
                 raise ModelError("its name may have letters, digits, '.', '_' and '-' only")
             loaded[path.name] = load(path)
         except ModelError as error:

@@ -91,6 +91,23 @@ def probe_reader() -> Callable[..., None]:
 
 
 @functools.cache
+def target_reader() -> Callable[..., None]:
+    """``read(x, n_rows, d, encoders, n_targets, out)``: how far each row lies along each target.
+
+    ``out[r, t] = x[r] . encoders[t]``; ``x``, ``encoders`` and ``out`` are addresses.
+    """
+
+    @native(6)
+    def read(x: Any, n_rows: Any, d: Any, encoders: Any, n_targets: Any, out: Any) -> None:
+        for r in range(n_rows):
+            for i in range(n_targets):
+                along = dot(x + r * d * 4, encoders + i * d * 4, d)
+                set_real(out, r * n_targets + i, along)
+
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(read)
+
+
+@functools.cache
 def feature_reader() -> Callable[[int], None]:
     """``read(address of a Reading's numbers)``: the strongest features of each row."""
     product = tile_product("int8", instructions())
