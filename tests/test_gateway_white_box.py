@@ -397,6 +397,7 @@ async def test_document_describes_our_field(client: httpx.AsyncClient) -> None:
 
     assert set(schemas["WhiteBox"]["properties"]) == {
         "steer",
+        "preset",
         "stop_when",
         "watch",
         "adapter",

@@ -66,7 +66,10 @@ def document() -> dict[str, Any]:
 
 def test_document_names_every_route_of_the_application(document: dict[str, Any]) -> None:
     routes = {route.path for route in create_app(_bench().services()).routes}
-    documented = {path.replace("{model}", "{model:path}") for path in document["paths"]}
+    documented = {
+        path.replace("{model}", "{model:path}").replace("{preset}", "{preset:str}")
+        for path in document["paths"]
+    }
 
     assert routes - {"/openapi.json"} == documented
 

@@ -22,6 +22,7 @@ secret, a path of the host, or another caller's text.
     │   └── EngineUnavailable     503 engine_unavailable    (no engine to ask; try again)
     │       └── EngineBusy        503 engine_busy           (queue full; try again)
     ├── GuardFailed               503 guard_failed          (a detector failed: closed, not a pass)
+    ├── PresetUnavailable         503 preset_unavailable    (saved steering that cannot be applied)
     ├── AuditUnavailable          503 audit_unavailable     (the record could not be written)
     ├── StorageError              503 storage_unavailable
     ├── RequestTimeout            504 request_timeout       (`server.request_timeout_s` is over)
@@ -139,6 +140,13 @@ class EngineBusy(EngineUnavailable):
 
 class GuardFailed(FortPointError):
     code = "guard_failed"
+    status = 503
+
+
+class PresetUnavailable(FortPointError):
+    """A key's saved steering names what is not loaded: the request is not answered without it."""
+
+    code = "preset_unavailable"
     status = 503
 
 

@@ -29,13 +29,36 @@ MAX_ENTRY_BYTES = 16 * 1024 * 1024
 Kind = Literal["answer", "refusal", "failure", "admin"]
 
 
+class PresetUse(msgspec.Struct, frozen=True):
+    """A preset that was applied, and the digest of what it was then."""
+
+    name: str
+    sha256: str
+
+
+class Inside(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request changed and read inside the model.
+
+    ``steers`` and ``stop_when`` count the request's own; ``watch`` names the dictionaries whose
+    features were sent along, ``alerts`` the watched targets that were over their thresholds.
+    """
+
+    presets: tuple[PresetUse, ...] = ()
+    steers: int = 0
+    stop_when: int = 0
+    watch: tuple[str, ...] = ()
+    adapter: str | None = None
+    alerts: tuple[str, ...] = ()
+
+
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the record.
 
     ``time`` is RFC 3339 in UTC with microseconds (``now()``). ``surface`` is the path or
     command used. ``code`` is the error's, where one was answered. ``request_sha256`` and
     ``response_sha256`` are hexadecimal hashes of the bodies; ``request`` and ``response`` are
-    the contents themselves, only where ``audit.record_content`` is on.
+    the contents themselves, only where ``audit.record_content`` is on. ``inside`` is absent
+    where the request asked for nothing there and no alert was raised.
     """
 
     time: str
@@ -57,6 +80,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     request: str | None = None
     response: str | None = None
     detail: str | None = None
+    inside: Inside | msgspec.UnsetType = msgspec.UNSET
 
 
 class Sealed(msgspec.Struct, frozen=True):

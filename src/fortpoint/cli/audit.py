@@ -215,8 +215,24 @@ def _print_table(records: tuple[Recorded, ...]) -> None:
 
 def _result(entry: Entry) -> str:
     blocked_by = entry.verdict.detector if entry.verdict else None
-    parts = (str(entry.status), entry.code, blocked_by, entry.detail)
+    parts = (str(entry.status), entry.code, blocked_by, entry.detail, _inside(entry))
     return " ".join(part for part in parts if part)
+
+
+def _inside(entry: Entry) -> str:
+    """What was changed and read inside the model, in a few words."""
+    from fortpoint.audit.entry import Inside
+
+    inside = entry.inside
+    if not isinstance(inside, Inside):
+        return ""
+    parts = [f"preset {preset.name}" for preset in inside.presets]
+    parts += [f"{inside.steers} steers"] if inside.steers else []
+    parts += [f"{inside.stop_when} stop_when"] if inside.stop_when else []
+    parts += [f"watch {name}" for name in inside.watch]
+    parts += [f"adapter {inside.adapter}"] if inside.adapter else []
+    parts += [f"alert {target}" for target in inside.alerts]
+    return ", ".join(parts)
 
 
 def _printable(text: str) -> str:

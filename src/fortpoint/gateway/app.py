@@ -18,10 +18,8 @@ from litestar import Litestar, Request, Response, get, post
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
-from fortpoint.access.keys import Principal
 from fortpoint.config import Config
 from fortpoint.engine.protocol import Generate, Sampling
-from fortpoint.errors import Forbidden, Unauthenticated
 from fortpoint.gateway import (
     chat,
     completions,
@@ -30,16 +28,18 @@ from fortpoint.gateway import (
     generation,
     health,
     judgement,
-    limits,
     metrics,
     models,
     moderations,
     openapi,
     page,
+    preset_routes,
+    presets,
     record,
     scoring,
+    steps,
+    watch_routes,
     white_box,
-    wire,
 )
 from fortpoint.gateway.edge import Edge
 from fortpoint.gateway.exchange import Exchange
@@ -81,17 +81,20 @@ async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> AS
     exchange = Exchange.of(request.scope)
     services = exchange.services
     # 1. Access: who asks, before a byte of the body is read; one of its places.
-    principal = await _admit(request, exchange)
+    principal = await steps.admit(request, exchange)
     # 2. Parse, limits first; the model must be the one that is served, and what is asked of
-    #    its inside must be allowed to this key and loaded.
-    ask = surface.parse(await _body(request, exchange), services.config)
+    #    its inside must be allowed to this key and loaded. So must what its operator saved.
+    ask = surface.parse(await steps.body(request, exchange), services.config)
     prompts = surface.prompts(ask)
     sampling = surface.sampling(ask, services.config)
     inside = ask.fortpoint or white_box.NOTHING
     white_box.check_allowed(inside, principal, services.config.extraction)
     exchange.model = await services.catalogue.require(ask.model)
     white_box.check_names(inside, exchange.model)
+    applied = await presets.applied(services.presets, principal, inside.preset, exchange.model)
+    exchange.inside = presets.recorded(inside, applied)
     wanted = white_box.wanted(inside, Generate("", sampling, tenant=principal.key_id))
+    wanted = presets.steered(applied, wanted)
     # 3. The engine prefills and its probes read; the guard reads text and probes, and decides
     #    before the first token. A refusal leaves here, by ContentBlocked.
     form = surface.form(Header.of(exchange, surface.prefix, exchange.model.model, wanted))
@@ -101,7 +104,9 @@ async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> AS
     ]
     if ask.stream:
         if len(prompts) > 1:
-            await _gather([generation.prejudge(exchange, prompt) for prompt in prompts])
+            await _gather(
+                [generation.prejudge(exchange, one, number) for number, one in enumerate(prompts)]
+            )
         # 4. The engine decodes; tokens leave as they come, the last one after its entry.
         usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
         return EventStream(exchange, form, await opens[0](), opens[1:], wanted, usage)
@@ -116,7 +121,7 @@ async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> AS
     # 6. Answer.
     read = [answer.prompt_features for answer in answers] if wanted.watch else None
     note = with_features(exchange.note(), read)
-    return _json(form.whole(choices, exchange.usage_counts(), note))
+    return steps.json(form.whole(choices, exchange.usage_counts(), note))
 
 
 async def _answer(exchange: Exchange, opened: Next, wanted: Generate) -> Answered:
@@ -137,8 +142,8 @@ async def text_completions(request: Request[Any, Any, Any]) -> ASGIApp:
 async def embed(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange = Exchange.of(request.scope)
     services = exchange.services
-    await _admit(request, exchange)
-    ask = embeddings.parse(await _body(request, exchange), services.config.server)
+    await steps.admit(request, exchange)
+    ask = embeddings.parse(await steps.body(request, exchange), services.config.server)
     exchange.model = await services.catalogue.require(ask.model)
     embedded = await embeddings.embedded(services.engine, ask)
     exchange.count(prompt=embedded.usage.prompt)
@@ -146,7 +151,7 @@ async def embed(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange.answers(data)
     await exchange.record(record.answered(exchange))
     usage = embeddings.EmbeddingUsage(exchange.usage.prompt, exchange.usage.prompt)
-    return _json(
+    return steps.json(
         embeddings.EmbeddingList(
             data=data, model=exchange.model.model, usage=usage, fortpoint=exchange.note()
         )
@@ -157,8 +162,8 @@ async def embed(request: Request[Any, Any, Any]) -> ASGIApp:
 async def moderate(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange = Exchange.of(request.scope)
     services = exchange.services
-    await _admit(request, exchange)
-    ask = moderations.parse(await _body(request, exchange), services.config.server)
+    await steps.admit(request, exchange)
+    ask = moderations.parse(await steps.body(request, exchange), services.config.server)
     exchange.model = await services.catalogue.current()
     results = await _gather(
         [_moderation(exchange, texts) for texts in moderations.conversations(ask)]
@@ -166,7 +171,7 @@ async def moderate(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange.answers(results)
     await exchange.record(record.answered(exchange))
     answer_id = "modr-" + exchange.request_id.removeprefix("req_")
-    return _json(
+    return steps.json(
         moderations.ModerationList(answer_id, exchange.model.model, results, exchange.note())
     )
 
@@ -184,26 +189,26 @@ async def _moderation(exchange: Exchange, messages: tuple[Message, ...]) -> mode
 @get("/v1/models")
 async def list_models(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange = Exchange.of(request.scope)
-    await _admit(request, exchange)
+    await steps.admit(request, exchange)
     exchange.model = await exchange.services.catalogue.current()
-    return _json(models.ModelList(data=(models.card(exchange.model),)))
+    return steps.json(models.ModelList(data=(models.card(exchange.model),)))
 
 
 @get("/v1/models/{model:path}")
 async def show_model(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange = Exchange.of(request.scope)
-    await _admit(request, exchange)
+    await steps.admit(request, exchange)
     name = str(request.path_params["model"]).lstrip("/")
     exchange.model = await exchange.services.catalogue.require(name)
-    return _json(models.card(exchange.model))
+    return steps.json(models.card(exchange.model))
 
 
 @get("/api/engine")
 async def show_engine(request: Request[Any, Any, Any]) -> ASGIApp:
     exchange = Exchange.of(request.scope)
-    require(await _admit(request, exchange), "operator")
+    steps.require(await steps.admit(request, exchange), "operator")
     exchange.model = await exchange.services.catalogue.fresh()
-    return _json(models.state(exchange.model))
+    return steps.json(models.state(exchange.model))
 
 
 @post("/api/score", status_code=200)
@@ -211,28 +216,31 @@ async def score(request: Request[Any, Any, Any]) -> ASGIApp:
     """An operator's tool: the guard does not judge what is scored."""
     exchange = Exchange.of(request.scope)
     services = exchange.services
-    principal = await _admit(request, exchange)
-    require(principal, "operator")
-    ask = scoring.parse(await _body(request, exchange), services.config)
+    principal = await steps.admit(request, exchange)
+    steps.require(principal, "operator")
+    ask = scoring.parse(await steps.body(request, exchange), services.config)
     exchange.model = await services.catalogue.require(ask.model)
     white_box.check_names(ask.inside, exchange.model, under="")
+    applied = await presets.applied(services.presets, principal, None, exchange.model)
+    exchange.inside = presets.recorded(ask.inside, applied)
     asked = scoring.request_of(ask, exchange.request_id, principal.key_id)
+    asked = presets.steered(applied, asked)
     scored = await scoring.scored(services.engine, asked)
     exchange.count(prompt=scored.usage.prompt, completion=scored.usage.completion)
     exchange.answers([scored.tokens, scored.logprobs])
     await exchange.record(record.answered(exchange))
-    return _json(scoring.written(scored, exchange.model.model, exchange.note()))
+    return steps.json(scoring.written(scored, exchange.model.model, exchange.note()))
 
 
 @get("/health/live")
 async def live() -> ASGIApp:
-    return _json(health.Health("live"))
+    return steps.json(health.Health("live"))
 
 
 @get("/health/ready")
 async def ready(request: Request[Any, Any, Any]) -> ASGIApp:
     state = await health.readiness(Exchange.of(request.scope).services.catalogue)
-    return _json(state, status=200 if state.status == "ready" else 503)
+    return steps.json(state, status=200 if state.status == "ready" else 503)
 
 
 @get("/metrics")
@@ -271,6 +279,10 @@ def create_app(services: Services) -> Litestar:
             show_model,
             show_engine,
             score,
+            preset_routes.list_or_save,
+            preset_routes.remove,
+            watch_routes.list_alerts,
+            watch_routes.list_statistics,
             live,
             ready,
             show_metrics,
@@ -286,37 +298,6 @@ def create_app(services: Services) -> Litestar:
     return app
 
 
-def require(principal: Principal, role: str) -> None:
-    """Raise ``Forbidden`` unless the principal has this role."""
-    if principal.role != role:
-        raise Forbidden(f"this needs the role {role}; this key has {principal.role}")
-
-
-async def _admit(request: Request[Any, Any, Any], exchange: Exchange) -> Principal:
-    """Name the principal and take one of its key's places."""
-    services = exchange.services
-    principal = await services.keys.authenticate(_bearer(request))
-    exchange.principal = principal
-    exchange.resources.enter_context(services.places.take(principal.key_id))
-    return principal
-
-
-def _bearer(request: Request[Any, Any, Any]) -> str:
-    """The one bearer token. Two headers are refused: two readers may pick different ones."""
-    given = request.headers.getall("authorization", [])
-    scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise Unauthenticated("send a key as `Authorization: Bearer YOUR_KEY`")
-    return token.strip()
-
-
-async def _body(request: Request[Any, Any, Any], exchange: Exchange) -> bytes:
-    max_bytes = exchange.services.config.server.max_body_bytes
-    body = await limits.read_json_body(request.receive, request.headers, max_bytes)
-    exchange.asked(body)
-    return body
-
-
 async def _gather(waiting: Sequence[Coroutine[Any, Any, _R]]) -> list[_R]:
     """All results, or the first error once the others are stopped."""
     if len(waiting) == 1:
@@ -328,10 +309,6 @@ async def _gather(waiting: Sequence[Coroutine[Any, Any, _R]]) -> list[_R]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _json(value: object, status: int = 200) -> ASGIApp:
-    return ASGIResponse(body=wire.encode(value), status_code=status, media_type="application/json")
 
 
 def _hand_to_edge(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

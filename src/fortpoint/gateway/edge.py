@@ -48,6 +48,9 @@ _SURFACES = frozenset(
         "/v1/models",
         "/api/engine",
         "/api/score",
+        "/api/presets",
+        "/api/alerts",
+        "/api/features/stats",
     }
 )
 
@@ -318,6 +321,8 @@ def _surface_of(path: str) -> tuple[str, bool]:
         return clean, audited
     if segments[:2] == ["v1", "models"]:
         return "/v1/models/{model}", audited
+    if segments[:2] == ["api", "presets"] and len(segments) == 3:
+        return "/api/presets/{preset}", audited
     return (f"/{segments[0]}/*" if audited else "other"), audited
 
 

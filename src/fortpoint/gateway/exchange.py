@@ -18,7 +18,7 @@ import msgspec
 from litestar.types import Scope
 
 from fortpoint.access.keys import Principal
-from fortpoint.audit.entry import Entry
+from fortpoint.audit.entry import Entry, Inside
 from fortpoint.audit.log import Receipt
 from fortpoint.engine.protocol import Description, Done, Prefilled
 from fortpoint.errors import FortPointError
@@ -45,6 +45,9 @@ class Exchange:
         self.detectors: tuple[str, ...] = ()
         self.usage = Usage()
         self.finish_reasons: tuple[str, ...] = ()
+        self.inside = Inside()
+        self.sightings = services.watch.begin()
+        self.detail: str | None = None
         self.request_sha256: str | None = None
         self.response_sha256: str | None = None
         self.request: str | None = None
@@ -110,14 +113,23 @@ class Exchange:
     async def record(self, entry: Entry) -> Receipt:
         """Append the one entry of this exchange; a second call gets the first one's receipt.
 
-        A cancelled caller does not undo it. Raises ``AuditUnavailable``.
+        What was watched is kept before it. A cancelled caller does not undo it. Raises
+        ``AuditUnavailable``.
         """
         if not self.recording:
-            self._recording = asyncio.create_task(self.services.audit.append(entry))
+            self._recording = asyncio.create_task(self._append(entry))
         if self._recording is None:
             raise TypeError("no entry is being written")
         self.receipt = await asyncio.shield(self._recording)
         return self.receipt
+
+    async def _append(self, entry: Entry) -> Receipt:
+        if self.sightings.on and self.principal is not None:
+            steered = bool(self.inside.presets or self.inside.steers)
+            await self.services.watch.settle(
+                self.sightings, self.request_id, self.principal.key_id, steered=steered
+            )
+        return await self.services.audit.append(entry)
 
     @property
     def recording(self) -> bool:

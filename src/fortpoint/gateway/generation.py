@@ -88,27 +88,30 @@ async def open_judged(exchange: Exchange, prompt: Prompt, wanted: Generate, numb
     """Prefill ``prompt`` and let the guard decide; the stream then holds tokens.
 
     ``wanted`` says everything but the prompt. Where it steers the prompt, the guard has
-    judged an unsteered pass before: nobody steers what the guard's probes read. Raises
+    judged an unsteered pass before, in which what is watched was read too: nobody steers what
+    guard and operator read in a prompt. Raises
     ``ContentBlocked``, ``GuardFailed``, ``InvalidRequest`` or an ``EngineError``. The exchange
     closes the stream, however it ends.
     """
-    services = exchange.services
+    services, sightings = exchange.services, exchange.sightings
     steered = any(steer.scope == "all" for steer in wanted.steer)
     if steered:
-        await prejudge(exchange, prompt)
+        await prejudge(exchange, prompt, number)
     held = services.guard is not None and not steered
     request = msgspec.structs.replace(
         wanted,
         id=f"{exchange.request_id}-{number}",
         messages=prompt.messages if prompt.raw is None else None,
         prompt=prompt.raw,
-        read=held and services.config.guard.probes,
+        read=(held and services.config.guard.probes) or sightings.on,
         hold=held,
     )
     stream = await services.engine.generate(request)
     exchange.resources.push_async_callback(stream.aclose)
     prefilled = await _prefilled(stream, request, prompt.param)
     exchange.prefilled(prefilled)
+    if not steered:
+        sightings.prompt(number, prefilled.reading)
     white_box.check_volume(wanted.watch, exchange.usage.prompt)
     if held:
         await judgement.decide(exchange, prompt.messages, prefilled.reading, prompt.param)
@@ -133,18 +136,19 @@ async def _prefilled(stream: Stream, request: Generate, param: str) -> Prefilled
     return prefilled
 
 
-async def prejudge(exchange: Exchange, prompt: Prompt) -> None:
+async def prejudge(exchange: Exchange, prompt: Prompt, number: int) -> None:
     """Judge a prompt that will be decoded only later; it is judged again then.
 
     A stream of several prompts must not begin before all of them may pass.
     """
-    services = exchange.services
-    if services.guard is None:
-        return
+    services, sightings = exchange.services, exchange.sightings
+    judges = services.guard is not None
     reading = None
-    if services.config.guard.probes:
+    if (judges and services.config.guard.probes) or sightings.on:
         reading = (await services.engine.scan(prompt.messages)).reading
-    await judgement.decide(exchange, prompt.messages, reading, prompt.param)
+        sightings.prompt(number, reading)
+    if judges:
+        await judgement.decide(exchange, prompt.messages, reading, prompt.param)
 
 
 async def decode(exchange: Exchange, stream: Stream) -> AsyncIterator[Token | Finished]:
@@ -154,6 +158,7 @@ async def decode(exchange: Exchange, stream: Stream) -> AsyncIterator[Token | Fi
         if isinstance(event, Token):
             n_tokens += 1
             exchange.count(completion=1)
+            exchange.sightings.token(event)
             yield event
         elif isinstance(event, Finished):
             if event.reason == "cancelled":

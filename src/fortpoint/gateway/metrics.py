@@ -51,6 +51,25 @@ class Meter:
             registry=self._registry,
         )
 
+        self._watched = Counter(
+            "fortpoint_watched_tokens",
+            "Tokens at which a watched feature or direction was read.",
+            ("target",),
+            registry=self._registry,
+        )
+        self._watched_over = Counter(
+            "fortpoint_watched_tokens_over",
+            "Those at which it was over its threshold.",
+            ("target",),
+            registry=self._registry,
+        )
+        self._alerts = Counter(
+            "fortpoint_alerts",
+            "Requests in whose prompt or answer a watched target was over its threshold.",
+            ("target", "part"),
+            registry=self._registry,
+        )
+
     def arrived(self) -> None:
         self._in_flight.inc()
 
@@ -65,6 +84,14 @@ class Meter:
 
     def judged(self, seconds: float) -> None:
         self._guard.observe(seconds)
+
+    def watched(self, target: str, n_tokens: int, n_over: int) -> None:
+        """``target`` is one of the configuration's, so there are few."""
+        self._watched.labels(target).inc(n_tokens)
+        self._watched_over.labels(target).inc(n_over)
+
+    def alerted(self, target: str, part: str) -> None:
+        self._alerts.labels(target, part).inc()
 
     def render(self) -> bytes:
         """The exposition text, for ``GET /metrics``."""

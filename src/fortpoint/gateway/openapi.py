@@ -6,7 +6,7 @@ Litestar's own generator describes Litestar's own decoding, which is laxer than 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from fortpoint import __version__
+from fortpoint.access.presets import NAME_PATTERN
 from fortpoint.gateway import (
     chat,
     completions,
@@ -21,11 +22,18 @@ from fortpoint.gateway import (
     health,
     models,
     moderations,
+    presets,
     scoring,
+    watch_routes,
     wire,
 )
 
 _REF = "#/components/schemas/{name}"
+
+_PATH_SCHEMAS = {
+    "model": {"type": "string", "minLength": 1},
+    "preset": {"type": "string", "pattern": NAME_PATTERN},
+}
 
 _ASKS = (400, 401, 404, 413, 415, 429, 500, 502, 503, 504)
 _READS = (401, 429, 500, 502, 503, 504)
@@ -35,7 +43,7 @@ _MEANING = {
     "(`content_filter`).",
     401: "No key, or a wrong, revoked or expired one.",
     403: "The key's role may not do this, or not ask this of the model's inside.",
-    404: "No such model.",
+    404: "No such model, preset or key.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "The key has too many requests running.",
@@ -57,6 +65,7 @@ class _Operation:
     errors: tuple[int, ...] = ()
     chunk: type[msgspec.Struct] | None = None
     open: bool = False
+    query: type[msgspec.Struct] | None = None
 
 
 _OPERATIONS: Sequence[_Operation] = (
@@ -128,6 +137,53 @@ _OPERATIONS: Sequence[_Operation] = (
         scoring.ScoreRequest,
         (*_ASKS, 403),
     ),
+    _Operation(
+        "/api/presets",
+        "get",
+        "listPresets",
+        "List saved steering and whose keys have it (operators only).",
+        presets.PresetList,
+        None,
+        (*_READS, 403),
+    ),
+    _Operation(
+        "/api/presets",
+        "post",
+        "savePreset",
+        "Save steering under a name, and say whose keys have it (operators only).",
+        presets.PresetSaved,
+        presets.SavePreset,
+        (*_ASKS, 403),
+    ),
+    _Operation(
+        "/api/presets/{preset}",
+        "delete",
+        "removePreset",
+        "Forget a preset that no key's requests rely on (operators only).",
+        presets.PresetRemoved,
+        None,
+        (*_READS, 400, 403, 404),
+    ),
+    _Operation(
+        "/api/alerts",
+        "get",
+        "listAlerts",
+        "List where watched features were over their thresholds, newest first (operators only).",
+        watch_routes.AlertList,
+        None,
+        (*_READS, 400, 403),
+        query=watch_routes.AlertsQuery,
+    ),
+    _Operation(
+        "/api/features/stats",
+        "get",
+        "listFeatureStatistics",
+        "What each key's requests made of what is watched (operators only).",
+        watch_routes.StatisticsList,
+        None,
+        (*_READS, 400, 403),
+        query=watch_routes.StatisticsQuery,
+    ),
     _Operation("/health/live", "get", "live", "This process answers.", health.Health, open=True),
     _Operation(
         "/health/ready", "get", "ready", "The engine answers too.", health.Health, open=True
@@ -178,12 +234,23 @@ def _described(operation: _Operation) -> dict[str, Any]:
     if operation.ask is not None:
         content = {"application/json": {"schema": _ref(operation.ask)}}
         described["requestBody"] = {"required": True, "content": content}
-    if "{model}" in operation.path:
-        schema = {"type": "string", "minLength": 1}
-        described["parameters"] = [
-            {"name": "model", "in": "path", "required": True, "schema": schema}
-        ]
+    if parameters := [*_in_path(operation.path), *_in_query(operation.query)]:
+        described["parameters"] = parameters
     return described
+
+
+def _in_path(path: str) -> Iterator[dict[str, Any]]:
+    for name, schema in _PATH_SCHEMAS.items():
+        if f"{{{name}}}" in path:
+            yield {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _in_query(kind: type[msgspec.Struct] | None) -> Iterator[dict[str, Any]]:
+    if kind is None:
+        return
+    _, schemas = msgspec.json.schema_components([kind], ref_template=_REF)
+    for name, schema in schemas[kind.__name__]["properties"].items():
+        yield {"name": name, "in": "query", "required": False, "schema": schema}
 
 
 def _responses(operation: _Operation) -> dict[str, Any]:

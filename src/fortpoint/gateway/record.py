@@ -5,12 +5,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Literal
 
-from fortpoint.audit.entry import Entry
+import msgspec
+
+from fortpoint.audit.entry import Entry, Inside
 from fortpoint.errors import FortPointError
 from fortpoint.gateway.exchange import Exchange
 from fortpoint.gateway.faults import is_refusal
 
 Kind = Literal["answer", "refusal", "failure", "admin"]
+
+_NOTHING = Inside()
 
 GONE_STATUS = 499
 GONE_CODE = "client_disconnected"
@@ -18,17 +22,18 @@ GONE_CODE = "client_disconnected"
 
 def answered(exchange: Exchange, status: int = 200) -> Entry:
     kind: Kind = "admin" if exchange.surface.startswith("/api") else "answer"
-    return _entry(exchange, kind, status, None, None)
+    return _entry(exchange, kind, status, None, exchange.detail)
 
 
 def faulted(exchange: Exchange, fault: FortPointError) -> Entry:
     kind: Kind = "refusal" if is_refusal(fault) else "failure"
-    return _entry(exchange, kind, fault.status, fault.code, fault.message)
+    detail = f"{exchange.detail}: {fault.message}" if exchange.detail else fault.message
+    return _entry(exchange, kind, fault.status, fault.code, detail)
 
 
 def gone(exchange: Exchange) -> Entry:
     """The client went away before its last byte; ``usage`` has what was computed for it."""
-    return _entry(exchange, "failure", GONE_STATUS, GONE_CODE, None)
+    return _entry(exchange, "failure", GONE_STATUS, GONE_CODE, exchange.detail)
 
 
 def _entry(
@@ -56,4 +61,11 @@ def _entry(
         request=exchange.request,
         response=exchange.response,
         detail=detail,
+        inside=_inside(exchange),
     )
+
+
+def _inside(exchange: Exchange) -> Inside | msgspec.UnsetType:
+    """What was asked of the model's inside, and what was seen there."""
+    inside = msgspec.structs.replace(exchange.inside, alerts=exchange.sightings.alerted)
+    return msgspec.UNSET if inside == _NOTHING else inside

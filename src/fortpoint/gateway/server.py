@@ -34,6 +34,7 @@ import uvloop
 
 from fortpoint import hardening
 from fortpoint.access.keys import KeyRing
+from fortpoint.access.presets import PresetBook
 from fortpoint.audit.log import AuditLog
 from fortpoint.config import Config
 from fortpoint.engine.client import Engine, EngineClient
@@ -42,6 +43,7 @@ from fortpoint.engine.upstream.target import Target, load_targets
 from fortpoint.errors import ConfigError, FortPointError, SandboxError, VerificationError
 from fortpoint.gateway.app import create_app
 from fortpoint.gateway.services import Services
+from fortpoint.gateway.watch_ledger import WatchLedger
 from fortpoint.store.database import Database
 
 _GRACE_S = 4
@@ -137,7 +139,17 @@ async def real_services(
         engine = _engine(config, engine_socket, targets)
         stack.push_async_callback(engine.close)
         guard = Guard.load(config.guard) if config.guard.enabled else None
-        yield Services(config, engine, guard, KeyRing(database), audit)
+        services = Services(
+            config,
+            engine,
+            guard,
+            KeyRing(database),
+            audit,
+            PresetBook(database),
+            WatchLedger(database),
+        )
+        stack.push_async_callback(services.watch.flush)
+        yield services
 
 
 def _engine(config: Config, engine_socket: Path, targets: Sequence[Target]) -> Engine:

@@ -7,15 +7,19 @@ file or a socket; ``server.py`` builds the real ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from fortpoint.access.keys import Principal
+from fortpoint.access.presets import Assigned, Preset
 from fortpoint.audit.entry import Entry
 from fortpoint.audit.log import Receipt
 from fortpoint.config import Config
 from fortpoint.engine.client import Engine
-from fortpoint.errors import ConfigError
+from fortpoint.errors import ConfigError, NotFound, StorageError
+from fortpoint.features.watched import watched
+from fortpoint.gateway.feature_watch import FeatureWatch, Ledger
 from fortpoint.gateway.limits import Places
 from fortpoint.gateway.metrics import Meter
 from fortpoint.gateway.models import Catalogue
@@ -48,21 +52,87 @@ class Judge(Protocol):
     ) -> Verdict: ...
 
 
+class Presets(Protocol):
+    """Saved steering; see ``access/presets.py``."""
+
+    async def default_of(self, key_id: str) -> Preset | None: ...
+
+    async def granted(self, key_id: str, name: str) -> Preset | None: ...
+
+    async def named(self, name: str) -> Preset | None: ...
+
+    async def names_of(self, key_id: str) -> tuple[str, ...]: ...
+
+    async def list(self) -> tuple[Assigned, ...]: ...
+
+    async def save(
+        self,
+        preset: Preset,
+        keys_of: Sequence[str] | None = None,
+        default_of: Sequence[str] | None = None,
+    ) -> None: ...
+
+    async def remove(self, name: str) -> None: ...
+
+    def kept_if_recorded(self, name: str) -> AbstractAsyncContextManager[None]: ...
+
+
+class NoPresets:
+    """Where no database is: there are none, and none can be saved."""
+
+    async def default_of(self, key_id: str) -> None:
+        return None
+
+    async def granted(self, key_id: str, name: str) -> None:
+        return None
+
+    async def named(self, name: str) -> None:
+        return None
+
+    async def names_of(self, key_id: str) -> tuple[str, ...]:
+        return ()
+
+    async def list(self) -> tuple[Assigned, ...]:
+        return ()
+
+    async def save(
+        self,
+        preset: Preset,
+        keys_of: Sequence[str] | None = None,
+        default_of: Sequence[str] | None = None,
+    ) -> None:
+        raise StorageError("there is no database here to save a preset in")
+
+    async def remove(self, name: str) -> None:
+        raise NotFound("there is no preset of this name")
+
+    def kept_if_recorded(self, name: str) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+
 @dataclass(frozen=True)
 class Services:
-    """``guard`` is None exactly when the configuration turns the guard off."""
+    """``guard`` is None exactly when the configuration turns the guard off.
+
+    ``ledger`` may be None only where nothing is watched.
+    """
 
     config: Config
     engine: Engine
     guard: Judge | None
     keys: Keys
     audit: Audit
+    presets: Presets = field(default_factory=NoPresets)
+    ledger: Ledger | None = None
     meter: Meter = field(default_factory=Meter)
+    watch: FeatureWatch = field(init=False)
     places: Places = field(init=False)
     catalogue: Catalogue = field(init=False)
 
     def __post_init__(self) -> None:
         if self.config.guard.enabled != (self.guard is not None):
             raise ConfigError("guard.enabled and the guard that was loaded do not agree")
+        watch = FeatureWatch(watched(self.config), self.ledger, self.meter)
+        object.__setattr__(self, "watch", watch)
         object.__setattr__(self, "places", Places(self.config.server.max_concurrent_per_key))
         object.__setattr__(self, "catalogue", Catalogue(self.engine))

@@ -6,7 +6,8 @@
 Who may: ``extraction.features`` and ``extraction.steering`` say whose keys. A condition
 (``stop_when``, a steer's ``when``) tells its caller about a feature too, one bit a token, so it
 goes with steering. Names are checked here against what the engine has loaded, so that the
-error names the field; the engine checks them again.
+error names the field; the engine checks them again. A ``preset`` is steering that the operator
+saved (``presets.py``): it goes to the keys that have it, whoever may steer by hand.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _MAX_INDEX_DIGITS = 9
 
 Name = Annotated[
     str, Meta(min_length=1, max_length=128, extra_json_schema={"pattern": "^[^\\u0000]+$"})
+]
+PresetName = Annotated[
+    Name, Meta(description="Steering that the operator saved and gave to this key.")
 ]
 Target = Annotated[Name, Meta(description="`<dictionary>/<index>`, or the name of a direction.")]
 Units = Annotated[
@@ -80,6 +84,7 @@ class WhiteBox(_Strict, frozen=True, kw_only=True):
     """Our own part of a request. Unknown keys are refused."""
 
     steer: Steers = None
+    preset: PresetName | None = None
     stop_when: Conditions = None
     watch: WatchField | None = None
     adapter: Name | None = None
@@ -134,7 +139,18 @@ def check_names(asked: WhiteBox, description: Description, under: str = "fortpoi
         if name not in dictionaries:
             param = f"{under}watch.dictionaries[{number}]"
             raise _unknown("dictionary", dictionaries, name, param)
-    for param, target in _targets(asked):
+    check_targets(_targets(asked), description, under)
+
+
+def check_steers(fields: list[SteerField], description: Description, under: str) -> None:
+    """Raise ``InvalidRequest`` for a steer by nothing that the engine has loaded."""
+    check_targets(_targets(WhiteBox(steer=fields)), description, under)
+
+
+def check_targets(targets: Iterable[tuple[str, str]], description: Description, under: str) -> None:
+    """Raise ``InvalidRequest`` for the first of these paths and names that is not loaded."""
+    dictionaries = {card.name: card.n_features for card in description.dictionaries}
+    for param, target in targets:
         _check_target(target, dictionaries, description.directions, under + param)
 
 
@@ -190,6 +206,8 @@ def _targets(asked: WhiteBox) -> Iterator[tuple[str, str]]:
 
 def _names(asked: WhiteBox) -> Iterator[tuple[str, str]]:
     yield from _targets(asked)
+    if asked.preset is not None:
+        yield "preset", asked.preset
     if asked.adapter is not None:
         yield "adapter", asked.adapter
     for name in asked.watch.dictionaries if asked.watch else ():

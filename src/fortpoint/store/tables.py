@@ -13,10 +13,13 @@ from datetime import UTC, datetime
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
     Dialect,
+    Float,
+    ForeignKey,
     Integer,
     LargeBinary,
     MetaData,
@@ -50,6 +53,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 metadata = MetaData(
     naming_convention={
         "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
         "pk": "pk_%(table_name)s",
     }
 )
@@ -85,4 +89,59 @@ audit_checkpoints = Table(
     Column("root_hash", LargeBinary(32), nullable=False),
     Column("frontier", LargeBinary(), nullable=False),
     Column("note", LargeBinary(), nullable=False),
+)
+
+# Saved steering: ``steers`` is JSON, a list of the API's ``steer`` fields.
+presets = Table(
+    "presets",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("model", String(128), nullable=False),
+    Column("steers", LargeBinary(), nullable=False),
+    Column("saved_at", UtcDateTime(), nullable=False),
+    Column("saved_by", String(128), nullable=False),
+)
+
+# Which keys may ask for a preset, and the one that is applied to each request of a key.
+preset_keys = Table(
+    "preset_keys",
+    metadata,
+    Column("key_id", String(12), ForeignKey(keys.c.key_id), primary_key=True),
+    Column("preset", String(64), ForeignKey(presets.c.name), primary_key=True),
+)
+
+preset_defaults = Table(
+    "preset_defaults",
+    metadata,
+    Column("key_id", String(12), ForeignKey(keys.c.key_id), primary_key=True),
+    Column("preset", String(64), ForeignKey(presets.c.name), nullable=False),
+)
+
+# A watched feature was active above its threshold. ``part`` is prompt or answer, ``role`` who
+# wrote the token.
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("number", _Index, primary_key=True, autoincrement=True),
+    Column("time", UtcDateTime(), nullable=False),
+    Column("request_id", String(40), nullable=False),
+    Column("key_id", String(12), nullable=False),
+    Column("target", String(128), nullable=False),
+    Column("value", Float(), nullable=False),
+    Column("threshold", Float(), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("part", String(8), nullable=False),
+    Column("steered", Boolean(), nullable=False),
+    Column("action", String(16), nullable=False),
+)
+
+feature_stats = Table(
+    "feature_stats",
+    metadata,
+    Column("key_id", String(12), primary_key=True),
+    Column("target", String(128), primary_key=True),
+    Column("tokens", BigInteger(), nullable=False),
+    Column("tokens_over", BigInteger(), nullable=False),
+    Column("maximum", Float(), nullable=False),
+    Column("last_over_at", UtcDateTime()),
 )
