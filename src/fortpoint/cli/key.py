@@ -7,8 +7,7 @@ shown only once its entry is on disk.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -20,8 +19,7 @@ from fortpoint.errors import AuditUnavailable, InvalidRequest, StorageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fortpoint.access.keys import KeyRecord, KeyRing, NewKey, RoleName
-    from fortpoint.audit.log import AuditLog
+    from fortpoint.access.keys import KeyRecord, NewKey, RoleName
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
@@ -97,11 +95,16 @@ async def create_recorded(
     state: Path, user: str, role: RoleName, expires_at: datetime | None
 ) -> NewKey:
     """A new key in the home's ``state`` folder, recorded before it is returned."""
-    async with _opened(state) as (keyring, log):
+    from fortpoint.access.keys import KeyRing
+    from fortpoint.cli import record
+
+    async with record.opened(state) as (database, log):
+        keyring = KeyRing(database)
         new = await keyring.create(user, role, expires_at)
         until = f", expires {_moment(expires_at)}" if expires_at else ""
+        detail = f"key {new.key_id} for {user} as {role}{until}"
         try:
-            await _record(log, "create", f"key {new.key_id} for {user} as {role}{until}")
+            await record.append(log, "cli key create", detail)
         except AuditUnavailable:
             # A key nobody knows the secret of does no harm; revoked, it says so in the list.
             with suppress(StorageError):
@@ -124,61 +127,14 @@ async def _list() -> tuple[KeyRecord, ...]:
 
 
 async def _revoke(key_id: str) -> None:
+    from fortpoint.access.keys import KeyRing
+    from fortpoint.cli import record
     from fortpoint.config import load
 
-    async with _opened(load().state_path) as (keyring, log):
+    async with record.opened(load().state_path) as (database, log):
         # Revoked first: should the record fail, the safe half is what has happened.
-        await keyring.revoke(key_id)
-        await _record(log, "revoke", f"key {key_id}")
-
-
-async def _record(log: AuditLog, command: str, detail: str) -> None:
-    import secrets
-
-    from fortpoint.audit.entry import Entry, now
-
-    await log.append(
-        Entry(
-            time=now(),
-            kind="admin",
-            request_id=f"cli_{secrets.token_hex(12)}",
-            surface=f"cli key {command}",
-            user=_login(),
-            role="operator",
-            status=200,
-            detail=detail,
-        )
-    )
-
-
-@asynccontextmanager
-async def _opened(state: Path) -> AsyncIterator[tuple[KeyRing, AuditLog]]:
-    """The key ring and the log. The log first: without a record, nothing is changed."""
-    from fortpoint.access.keys import KeyRing
-    from fortpoint.audit.log import AuditLog
-    from fortpoint.store.database import Database
-
-    database = Database.in_home(state)
-    try:
-        await database.migrate()
-        log = await AuditLog.open(database, state)
-        try:
-            yield KeyRing(database), log
-        finally:
-            await log.close()
-    finally:
-        await database.close()
-
-
-def _login() -> str:
-    """The account of this machine that runs the command."""
-    import os
-    import pwd
-
-    try:
-        return f"os:{pwd.getpwuid(os.getuid()).pw_name}"
-    except KeyError:
-        return f"os:{os.getuid()}"
+        await KeyRing(database).revoke(key_id)
+        await record.append(log, "cli key revoke", f"key {key_id}")
 
 
 def _expiry(text: str | None, now: datetime) -> datetime | None:
