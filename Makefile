@@ -52,7 +52,7 @@ bench: ## List the benchmarks, one script for each claim
 	done
 
 pin: $(VENV)/.dev ## Rewrite constraints.txt from what .venv has
-	@$(BIN)/python -m pip install -q -e '.[dev,train]' --no-build-isolation
+	@$(BIN)/python -m pip install -q -e '.[dev]' --no-build-isolation
 	@$(BIN)/python scripts/pin_dependencies.py
 
 clean: ## Remove .venv, the tests' home and all caches (never FORTPOINT_HOME)

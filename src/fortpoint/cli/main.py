@@ -12,7 +12,7 @@ import sys
 import typer
 
 import fortpoint
-from fortpoint.cli import audit, doctor, guard, key, model, serve
+from fortpoint.cli import audit, doctor, features, guard, key, model, serve
 from fortpoint.errors import FortPointError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.add_typer(model.app, name="model")
 app.add_typer(key.app, name="key")
+app.add_typer(features.app, name="features")
 app.add_typer(guard.app, name="guard")
 app.add_typer(audit.app, name="audit")
 app.command("doctor")(doctor.doctor)

@@ -12,26 +12,31 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """``update(stage, done, total)`` as often as one likes; writes to standard error."""
+    """``update(stage, done, total, note)`` as often as one likes; writes to standard error."""
 
     def __init__(self) -> None:
         self._bar: Bar | None = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description:<9}"), BarColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description:<9}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._bar = Bar(*columns, console=Console(stderr=True))
         self._tasks: dict[str, TaskID] = {}
         self._tenths: dict[str, int] = {}
 
-    def update(self, stage: str, done: int, total: int) -> None:
+    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
         if self._bar is None:
             tenth = 10 * done // max(total, 1)
             if self._tenths.get(stage) != tenth:
                 self._tenths[stage] = tenth
-                print(f"{stage} {10 * tenth} %", file=sys.stderr, flush=True)
+                print(f"{stage} {10 * tenth} %  {note}".rstrip(), file=sys.stderr, flush=True)
             return
         if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=total)
-        self._bar.update(self._tasks[stage], completed=done)
+            self._tasks[stage] = self._bar.add_task(stage, total=total, note=note)
+        self._bar.update(self._tasks[stage], completed=done, note=note)
 
     def __enter__(self) -> Self:
         if self._bar is not None:

@@ -250,8 +250,22 @@ class Edits:
             self._add(steered, reads, changes)
         self.starts, entries = _ordered(reads, changes, n_rows)
         self.n_entries = len(entries)
-        self._kept = rows  # whose plans hold the vectors that the table points to
+        self._kept: object = rows  # whose plans hold the vectors that the table points to
         self.table = _table(entries, self._n_truths, n_rows)
+
+    @classmethod
+    def adding(cls, layer: int, rows: NDArray[np.float32]) -> Edits:
+        """Adds ``rows`` ``[n_rows, d_model]`` to the stream after ``layer``, a row to each."""
+        rows = np.ascontiguousarray(rows, np.float32)
+        edits = cls((), len(rows))
+        nothing = np.zeros(rows.shape[1], np.float32)
+        changes = [_Change(layer, nothing, 0.0, math.inf, row, 1.0, False, None) for row in rows]
+        edits.starts, entries = _ordered(
+            {}, {(layer, i): [_Entry(change)] for i, change in enumerate(changes)}, len(rows)
+        )
+        edits.n_entries, edits._kept = len(entries), changes
+        edits.table = _table(entries, 0, len(rows))
+        return edits
 
     def begin(self) -> None:
         """Before a step."""

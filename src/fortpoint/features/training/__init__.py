@@ -1,0 +1,1 @@
+"""Training dictionaries of features: batches, the trainer, its measurements and report."""

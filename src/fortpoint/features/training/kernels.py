@@ -1,0 +1,285 @@
+"""The sparse part of a training step, compiled: everything but the encoder's product.
+
+Of ``d_sae`` features some forty are active at a token, so decoding, both gradients and the
+exact activations are sums over few pairs of token and feature. Pairs lie by token: ``cols`` and
+``values`` ``[n, most]``, of which the first ``counts[i]`` of row ``i`` are in use, ascending by
+feature. Each function works on rows or features ``first`` to ``last``, so that threads share it
+out; none holds the interpreter's lock.
+
+Rough activations are bfloat16 taken as int16: for positive numbers the order is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+_FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}  # a value that is no number stays one
+_STEP_DOWN = 64  # of a bfloat16's code: a factor of about 0.7
+
+
+@njit(nogil=True)
+def find_over(
+    rough: Any, floors: Any, cols: Any, codes: Any, counts: Any, first: Any, last: Any
+) -> None:
+    """Features whose rough activation is over their floor (int16 ``[d_sae]``, at least 0)."""
+    for i in range(first, last):
+        row, n = rough[i], 0
+        for f in range(len(floors)):
+            cols[i, n] = f
+            codes[i, n] = row[f]
+            n += row[f] > floors[f]
+        counts[i] = n
+
+
+@njit(nogil=True)
+def find_largest(
+    rough: Any, k: Any, floor: Any, cols: Any, codes: Any, counts: Any, first: Any, last: Any
+) -> None:
+    """The ``k`` largest positive rough activations of each row; ``floor`` is a guess below."""
+    width = rough.shape[1]
+    for i in range(first, last):
+        row, lowest, n = rough[i], floor, 0
+        while True:
+            n = 0
+            for f in range(width):
+                cols[i, n] = f
+                codes[i, n] = row[f]
+                n += row[f] > lowest
+            if n >= k or lowest <= 0:
+                break
+            lowest = max(lowest - _STEP_DOWN, 0)
+        counts[i] = _keep_largest(cols[i], codes[i], n, k)
+
+
+@njit(nogil=True)
+def _keep_largest(cols: Any, codes: Any, n: Any, k: Any) -> Any:
+    if n <= k:
+        return n
+    limit = np.partition(codes[:n], n - k)[n - k]
+    ties = k
+    for p in range(n):
+        ties -= codes[p] > limit
+    kept = 0
+    for p in range(n):
+        over, tied = codes[p] > limit, codes[p] == limit and ties > 0
+        if over or tied:
+            ties -= tied
+            cols[kept] = cols[p]
+            codes[kept] = codes[p]
+            kept += 1
+    return kept
+
+
+@njit(nogil=True)
+def keep_from(limit: Any, cols: Any, codes: Any, counts: Any, first: Any, last: Any) -> None:
+    """Drop pairs whose code is below ``limit``."""
+    for i in range(first, last):
+        kept = 0
+        for p in range(counts[i]):
+            cols[i, kept] = cols[i, p]
+            codes[i, kept] = codes[i, p]
+            kept += codes[i, p] >= limit
+        counts[i] = kept
+
+
+@njit(nogil=True)
+def histogram(codes: Any, counts: Any, bins: Any) -> None:
+    """How many pairs have each code; ``bins`` int64 ``[32768]``, zeroed."""
+    for i in range(len(counts)):
+        for p in range(counts[i]):
+            bins[codes[i, p]] += 1
+
+
+@njit(nogil=True, fastmath=_FAST)
+def exact(
+    x: Any, W_enc: Any, b_enc: Any, cols: Any, counts: Any, values: Any, first: Any, last: Any
+) -> None:
+    """The pairs' activations in float32; what turns out negative is 0."""
+    for i in range(first, last):
+        row = x[i]
+        for p in range(counts[i]):
+            weights = W_enc[cols[i, p]]
+            total = np.float32(0.0)
+            for j in range(len(row)):
+                total += row[j] * weights[j]
+            values[i, p] = max(total + b_enc[cols[i, p]], np.float32(0.0))
+
+
+@njit(nogil=True, fastmath=_FAST)
+def decode(
+    x: Any,
+    W_dec: Any,
+    ends: Any,
+    cols: Any,
+    counts: Any,
+    values: Any,
+    errors: Any,
+    slopes: Any,
+    losses: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """Reconstructions' errors and what each pair's activation does to the loss.
+
+    ``ends`` ``[n_groups]`` are the nested prefixes of features (Matryoshka, arXiv 2503.17547);
+    one that ends at ``d_sae`` for the others. ``errors`` ``[n, n_groups, d]`` becomes, for each
+    group, the mean over prefixes of the errors of those that include it; ``slopes`` has the
+    pairs' shape; ``losses`` ``[n]`` is the whole dictionary's squared error.
+    """
+    for i in range(first, last):
+        _reconstruct(x[i], W_dec, ends, cols[i], counts[i], values[i], errors[i])
+        whole, total = errors[i, len(ends) - 1], np.float32(0.0)
+        for j in range(len(whole)):
+            total += whole[j] * whole[j]
+        losses[i] = total
+        _average(errors[i])
+        g = 0
+        for p in range(counts[i]):
+            while cols[i, p] >= ends[g]:
+                g += 1
+            error, weights = errors[i, g], W_dec[cols[i, p]]
+            total = np.float32(0.0)
+            for j in range(len(error)):
+                total += error[j] * weights[j]
+            slopes[i, p] = total
+
+
+@njit(nogil=True, fastmath=_FAST)
+def _reconstruct(
+    x: Any, W_dec: Any, ends: Any, cols: Any, count: Any, values: Any, errors: Any
+) -> None:
+    """One row's error with each prefix of the features."""
+    p = 0
+    for g in range(len(ends)):
+        error = errors[g]
+        for j in range(len(error)):
+            error[j] = -x[j] if g == 0 else errors[g - 1, j]
+        while p < count and cols[p] < ends[g]:
+            value, weights = values[p], W_dec[cols[p]]
+            for j in range(len(error)):
+                error[j] += value * weights[j]
+            p += 1
+
+
+@njit(nogil=True, fastmath=_FAST)
+def _average(errors: Any) -> None:
+    """Each prefix's error becomes the sum, over it and the longer ones, of their shares."""
+    n_groups = len(errors)
+    share = np.float32(1.0 / n_groups)
+    for g in range(n_groups - 1, -1, -1):
+        for j in range(errors.shape[1]):
+            errors[g, j] *= share
+            if g + 1 < n_groups:
+                errors[g, j] += errors[g + 1, j]
+
+
+@njit(nogil=True)
+def by_feature(cols: Any, counts: Any, starts: Any, rows: Any, places: Any) -> None:
+    """The pairs by feature: those of ``f`` are ``starts[f]`` to ``starts[f + 1]``.
+
+    ``starts`` is ``[d_sae + 2]`` and zeroed; ``rows`` and ``places`` have room for all pairs.
+    """
+    for i in range(len(counts)):
+        for p in range(counts[i]):
+            starts[cols[i, p] + 2] += 1
+    for f in range(2, len(starts)):
+        starts[f] += starts[f - 1]
+    for i in range(len(counts)):
+        for p in range(counts[i]):
+            at = starts[cols[i, p] + 1]
+            rows[at] = i
+            places[at] = p
+            starts[cols[i, p] + 1] = at + 1
+
+
+@njit(nogil=True, fastmath=_FAST)
+def gradients(
+    x: Any,
+    errors: Any,
+    ends: Any,
+    values: Any,
+    slopes: Any,
+    starts: Any,
+    rows: Any,
+    places: Any,
+    scale: Any,
+    g_enc: Any,
+    g_dec: Any,
+    g_bias: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """Of the loss, ``scale`` times the sum over rows: by encoder, decoder and encoder bias.
+
+    A pair whose activation is 0 adds nothing, as through a ReLU.
+    """
+    g = 0
+    for f in range(first, last):
+        while f >= ends[g]:
+            g += 1
+        to_enc, to_dec, to_bias = g_enc[f], g_dec[f], np.float32(0.0)
+        for j in range(len(to_enc)):
+            to_enc[j] = np.float32(0.0)
+            to_dec[j] = np.float32(0.0)
+        for q in range(starts[f], starts[f + 1]):
+            i, p = rows[q], places[q]
+            value = values[i, p] * scale
+            slope = slopes[i, p] * scale if value > 0 else np.float32(0.0)
+            row, error = x[i], errors[i, g]
+            for j in range(len(to_enc)):
+                to_enc[j] += slope * row[j]
+                to_dec[j] += value * error[j]
+            to_bias += slope
+        g_bias[f] = to_bias
+
+
+@njit(nogil=True, fastmath=_FAST)
+def drop_parallel(W_dec: Any, g_dec: Any, first: Any, last: Any) -> None:
+    """Take out of each decoder row's gradient what would only change its length."""
+    for f in range(first, last):
+        row, slope = W_dec[f], g_dec[f]
+        along = np.float32(0.0)
+        for j in range(len(row)):
+            along += row[j] * slope[j]
+        for j in range(len(row)):
+            slope[j] -= along * row[j]
+
+
+@njit(nogil=True, fastmath=_FAST)
+def adam(
+    weights: Any,
+    slopes: Any,
+    means: Any,
+    squares: Any,
+    rate: Any,
+    shrink: Any,
+    betas: Any,
+    corrections: Any,
+    unit: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """Adam (arXiv 1412.6980) on rows; ``shrink`` is the clipping factor of the gradient.
+
+    ``corrections`` are ``1 - beta ** step``; with ``unit`` rows get length 1 afterwards.
+    """
+    b1, b2 = betas[0], betas[1]
+    c1, c2 = np.float32(1.0) / corrections[0], np.float32(1.0) / corrections[1]
+    one, tiny = np.float32(1.0), np.float32(1e-8)
+    for f in range(first, last):
+        w, g, m, s = weights[f], slopes[f], means[f], squares[f]
+        for j in range(len(w)):
+            slope = g[j] * shrink
+            m[j] = b1 * m[j] + (one - b1) * slope
+            s[j] = b2 * s[j] + (one - b2) * slope * slope
+            w[j] -= rate * (m[j] * c1) / (np.sqrt(s[j] * c2) + tiny)
+        if unit:
+            total = np.float32(0.0)
+            for j in range(len(w)):
+                total += w[j] * w[j]
+            inverse = one / max(np.sqrt(total), tiny)
+            for j in range(len(w)):
+                w[j] *= inverse

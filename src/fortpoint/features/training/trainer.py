@@ -1,0 +1,399 @@
+"""One step of learning a dictionary of features, and the state that it changes.
+
+The encoder's product runs in bfloat16 and only says which features are active; the activations
+of these few, the reconstruction and all gradients are float32 sums over the active pairs
+(``kernels.py``). So a step costs little more than the product.
+
+    trainer = Trainer(settings, d_in=576, n_steps=5000)
+    trainer.begin(sample)  # [n, d_in]: where the decoder's bias starts
+    for x in batches:      # float32 [batch, d_in], centred and scaled to a mean square of 1
+        trainer.step(x)
+
+Sources: TopK and the auxiliary loss, arXiv 2406.04093; BatchTopK, 2412.06410; JumpReLU,
+2407.14435; Matryoshka, 2503.17547.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fortpoint.errors import ModelError
+from fortpoint.features.training import kernels
+from fortpoint.features.training.settings import Settings
+
+Floats = NDArray[np.float32]
+Reduce = Callable[[Sequence[Floats]], None]
+"""Makes each array the mean of all processes' own, in place."""
+
+_BETAS = np.array([0.9, 0.999], np.float32)
+_CHUNKS_PER_THREAD = 4
+_MAX_DEAD_AT_ONCE = 512
+_FLOOR_STEP = 40  # of a bfloat16's code: the guess stays a third below the last limit
+_MATRICES = ("W_enc", "W_dec")
+_VECTORS = ("b_enc", "b_dec", "threshold")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Of one batch: ``fvu`` is the share of variance not explained, ``l0`` active a token."""
+
+    fvu: float
+    l0: float
+    n_dead: int
+    rate: float
+
+
+class Workers:
+    """Shares a kernel's rows or features out to threads."""
+
+    def __init__(self, n_threads: int | None = None) -> None:
+        self.n_threads = n_threads or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self.n_threads, "kernels")
+
+    def run(self, kernel: Callable[..., None], n: int, *arguments: Any) -> None:
+        n_chunks = self.n_threads * _CHUNKS_PER_THREAD
+        edges = np.linspace(0, n, n_chunks + 1).astype(int).tolist()
+        futures = [
+            self._pool.submit(kernel, *arguments, first, last)
+            for first, last in pairwise(edges)
+            if first < last
+        ]
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+class Pairs:
+    """Which features are active at which token of a batch, in room that is used again."""
+
+    def __init__(self, batch: int, d_sae: int) -> None:
+        self.cols = np.empty((batch, d_sae), np.int32)
+        self.codes = np.empty((batch, d_sae), np.int16)
+        self.values = np.zeros((batch, d_sae), np.float32)
+        self.slopes = np.zeros((batch, d_sae), np.float32)
+        self.counts = np.zeros(batch, np.int64)
+
+    @property
+    def used(self) -> NDArray[np.bool_]:
+        """``[n, most]``: which places hold a pair."""
+        mask: NDArray[np.bool_] = np.arange(self.counts.max(initial=0)) < self.counts[:, None]
+        return mask
+
+
+class Trainer:
+    """Parameters, Adam's moments, and ``step``. One thread calls it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        d_in: int,
+        n_steps: int,
+        reduce: Reduce | None = None,
+        n_threads: int | None = None,
+    ) -> None:
+        settings.check()
+        self.settings, self.d_in, self.n_steps = settings, d_in, n_steps
+        self.n_done = 0
+        self._reduce = reduce
+        self._workers = Workers(n_threads)
+        torch.set_num_threads(self._workers.n_threads)
+        random = np.random.default_rng(settings.seed)
+        rows = random.standard_normal((settings.d_sae, d_in), np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        self.parameters: dict[str, Floats] = {
+            "W_enc": rows.copy(),
+            "W_dec": rows,
+            "b_enc": np.zeros(settings.d_sae, np.float32),
+            "b_dec": np.zeros(d_in, np.float32),
+            "threshold": np.full(settings.d_sae, 0.05, np.float32),
+        }
+        self._moments = {
+            f"{kind}.{name}": np.zeros_like(value)
+            for name, value in self.parameters.items()
+            for kind in ("mean", "square")
+        }
+        self._idle = np.zeros(settings.d_sae, np.int64)  # tokens since a feature was active
+        self._limit = 0.0  # activations below it are not among the k largest of a batch
+        self._floor = 0
+        self._pairs = Pairs(settings.batch, settings.d_sae)
+        self._gradients = {name: np.zeros_like(v) for name, v in self.parameters.items()}
+        self._ends = np.array(settings.ends, np.int64)
+        self._errors = np.zeros((settings.batch, len(settings.ends), d_in), np.float32)
+        self._losses = np.zeros(settings.batch, np.float32)
+        self._rough_enc = torch.empty((settings.d_sae, d_in), dtype=torch.bfloat16)
+
+    def begin(self, sample: Floats) -> None:
+        """Put the decoder's bias at the geometric median of ``sample`` ``[n, d_in]``."""
+        self.parameters["b_dec"][:] = geometric_median(sample)
+
+    def step(self, x: Floats) -> Metrics:
+        """Learn from ``x`` ``[batch, d_in]``. Raises ``ModelError`` when it is not finite."""
+        parameters = self.parameters
+        centred = np.ascontiguousarray(x - parameters["b_dec"], np.float32)
+        self._find(centred)
+        pairs, run = self._pairs, self._workers.run
+        n = len(x)
+        run(
+            kernels.exact,
+            n,
+            centred,
+            parameters["W_enc"],
+            parameters["b_enc"],
+            pairs.cols,
+            pairs.counts,
+            pairs.values,
+        )
+        near = self._gate() if self.settings.architecture == "jumprelu" else None
+        run(
+            kernels.decode,
+            n,
+            centred,
+            parameters["W_dec"],
+            self._ends,
+            pairs.cols,
+            pairs.counts,
+            pairs.values,
+            self._errors,
+            pairs.slopes,
+            self._losses,
+        )
+        variance = float(np.square(x - x.mean(axis=0)).sum(axis=1, dtype=np.float64).mean())
+        fvu = float(self._losses.mean(dtype=np.float64)) / max(variance, 1e-12)
+        if not np.isfinite(fvu):
+            raise ModelError(
+                "the training diverged: its loss is not finite; lower the learning rate, and "
+                "look for activations that are not finite"
+            )
+        self._measure_gradients(centred, near)
+        n_dead = self._revive(centred)
+        rate = self.settings.rate_at(self.n_done, self.n_steps)
+        self._update(rate)
+        return Metrics(fvu, self._l0, n_dead, rate)
+
+    @property
+    def limit(self) -> float:
+        """The running mean of a batch's smallest activation: BatchTopK's threshold in use."""
+        return self._limit
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything that ``restore`` needs, by name."""
+        numbers = np.array([self.n_done, self._limit, self._floor], np.float64)
+        return {
+            **self.parameters,
+            **self._moments,
+            "idle": self._idle.astype(np.float64),
+            "numbers": numbers,
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where ``state`` was taken."""
+        for name, value in {**self.parameters, **self._moments}.items():
+            value[:] = state[name]
+        self._idle[:] = state["idle"].astype(np.int64)
+        n_done, self._limit, floor = state["numbers"].tolist()
+        self.n_done, self._floor = int(n_done), int(floor)
+
+    def close(self) -> None:
+        self._workers.close()
+
+    # -- which features are active
+
+    def _find(self, centred: Floats) -> None:
+        with torch.inference_mode():
+            self._rough_enc.copy_(torch.from_numpy(self.parameters["W_enc"]))
+            bias = torch.from_numpy(self.parameters["b_enc"]).bfloat16()
+            rows = torch.from_numpy(centred).bfloat16()
+            rough = torch.nn.functional.linear(rows, self._rough_enc, bias)
+            self._rough = rough.view(torch.int16).numpy()
+        if self.settings.architecture == "topk":
+            self._find_by_token()
+        elif self.settings.architecture == "jumprelu":
+            lowest = self.parameters["threshold"] - np.float32(self.settings.bandwidth / 2)
+            self._find_over(code_of(np.maximum(lowest * np.float32(0.99), 0)))
+        else:
+            self._find_by_batch()
+
+    def _find_over(self, floors: NDArray[np.int16]) -> None:
+        pairs, n = self._pairs, len(self._rough)
+        self._workers.run(
+            kernels.find_over, n, self._rough, floors, pairs.cols, pairs.codes, pairs.counts
+        )
+
+    def _find_by_token(self) -> None:
+        pairs, k = self._pairs, self.settings.k
+        self._workers.run(
+            kernels.find_largest,
+            len(self._rough),
+            self._rough,
+            k,
+            self._floor,
+            pairs.cols,
+            pairs.codes,
+            pairs.counts,
+        )
+        full = pairs.counts == k
+        smallest = pairs.codes[:, :k][full].min(axis=1) if full.any() else np.zeros(1, np.int16)
+        # Most rows find their k at once from a guess that few rows' own limit is below.
+        self._floor = max(int(np.percentile(smallest, 20)) - _FLOOR_STEP // 4, 0)
+
+    def _find_by_batch(self) -> None:
+        pairs, wanted = self._pairs, self.settings.k * len(self._rough)
+        while True:
+            floors = np.full(self.settings.d_sae, self._floor, np.int16)
+            self._find_over(floors)
+            if pairs.counts.sum() >= wanted or self._floor == 0:
+                break
+            self._floor = max(self._floor - 2 * _FLOOR_STEP, 0)
+        bins = np.zeros(1 << 15, np.int64)
+        kernels.histogram(pairs.codes, pairs.counts, bins)
+        above = np.cumsum(bins[::-1])[::-1]  # pairs whose code is at least this one
+        limit = max(int(np.searchsorted(-above, -wanted, side="right")) - 1, 1)
+        n = len(self._rough)
+        self._workers.run(kernels.keep_from, n, limit, pairs.cols, pairs.codes, pairs.counts)
+        self._floor = max(limit - _FLOOR_STEP, 0)
+        smallest = value_of(limit)
+        self._limit = smallest if self.n_done == 0 else 0.99 * self._limit + 0.01 * smallest
+
+    def _gate(self) -> NDArray[np.bool_]:
+        """Set to 0 what is not over its feature's threshold; which pairs lie near theirs."""
+        pairs = self._pairs
+        used = pairs.used
+        cols = pairs.cols[:, : used.shape[1]]
+        values = pairs.values[:, : used.shape[1]]
+        thresholds = self.parameters["threshold"][np.where(used, cols, 0)]
+        near: NDArray[np.bool_] = used & (np.abs(values - thresholds) < self.settings.bandwidth / 2)
+        values[used & (values <= thresholds)] = 0
+        return near
+
+    # -- learning
+
+    def _measure_gradients(self, centred: Floats, near: NDArray[np.bool_] | None) -> None:
+        pairs, gradients, d_sae = self._pairs, self._gradients, self.settings.d_sae
+        starts = np.zeros(d_sae + 2, np.int64)
+        n_pairs = int(pairs.counts.sum())
+        rows, places = np.empty(n_pairs, np.int32), np.empty(n_pairs, np.int32)
+        kernels.by_feature(pairs.cols, pairs.counts, starts, rows, places)
+        scale = np.float32(2 / (len(centred) * self.d_in))
+        self._workers.run(
+            kernels.gradients,
+            d_sae,
+            centred,
+            self._errors,
+            self._ends,
+            pairs.values,
+            pairs.slopes,
+            starts,
+            rows,
+            places,
+            scale,
+            gradients["W_enc"],
+            gradients["W_dec"],
+            gradients["b_enc"],
+        )
+        errors = self._errors[: len(centred), 0]
+        gradients["b_dec"][:] = errors.sum(axis=0) * scale
+        gradients["b_dec"] -= gradients["b_enc"] @ self.parameters["W_enc"]
+        gradients["threshold"][:] = 0
+        if near is not None:
+            self._threshold_gradient(near, scale)
+        used = pairs.used
+        active = used & (pairs.values[:, : used.shape[1]] > 0)
+        self._l0 = float(active.sum()) / len(centred)
+        self._idle += len(centred)
+        self._idle[np.unique(pairs.cols[:, : used.shape[1]][active])] = 0
+
+    def _threshold_gradient(self, near: NDArray[np.bool_], scale: np.float32) -> None:
+        """Straight through a rectangle of ``bandwidth`` (arXiv 2407.14435, eqs. 11 and 12)."""
+        pairs, settings, d_sae = self._pairs, self.settings, self.settings.d_sae
+        width = near.shape[1]
+        cols = pairs.cols[:, :width][near]
+        slopes = pairs.slopes[:, :width][near].astype(np.float64) * scale
+        thresholds = self.parameters["threshold"].astype(np.float64)
+        by_loss = np.bincount(cols, slopes, d_sae) * thresholds
+        excess = 2 * settings.sparsity * (self._l0_now() / settings.k - 1) / settings.k
+        by_count = np.bincount(cols, minlength=d_sae) * (excess / len(near))
+        gradient = -(by_loss + by_count) / settings.bandwidth
+        self._gradients["threshold"][:] = gradient
+
+    def _l0_now(self) -> float:
+        used = self._pairs.used
+        return float((self._pairs.values[:, : used.shape[1]][used] > 0).sum()) / len(used)
+
+    def _revive(self, centred: Floats) -> int:
+        """The auxiliary loss: dead features learn what the others leave over."""
+        dead = np.flatnonzero(self._idle > self.settings.dead_after)
+        n_dead = len(dead)
+        if not n_dead or not self.settings.auxiliary:
+            return n_dead
+        if n_dead > _MAX_DEAD_AT_ONCE:
+            random = np.random.default_rng((self.settings.seed, self.n_done))
+            dead = np.sort(random.choice(dead, _MAX_DEAD_AT_ONCE, replace=False))
+        rest = -self._errors[: len(centred), -1] * len(self._ends)
+        W_enc, W_dec = self.parameters["W_enc"][dead], self.parameters["W_dec"][dead]
+        acts = np.maximum(centred @ W_enc.T + self.parameters["b_enc"][dead], 0)
+        k = min(self.d_in // 2, len(dead))
+        if k < len(dead):
+            limit = np.partition(acts, len(dead) - k, axis=1)[:, len(dead) - k]
+            acts[acts < limit[:, None]] = 0
+        error = acts @ W_dec - rest
+        share = self.settings.auxiliary * min(1.0, n_dead / k)
+        weight = np.float32(2 * share / max(float(np.square(rest).sum()), 1e-12))
+        slopes = (error @ W_dec.T) * (acts > 0)
+        self._gradients["W_dec"][dead] += weight * (acts.T @ error)
+        self._gradients["W_enc"][dead] += weight * (slopes.T @ centred)
+        self._gradients["b_enc"][dead] += weight * slopes.sum(axis=0)
+        return n_dead
+
+    def _update(self, rate: float) -> None:
+        gradients, d_sae = self._gradients, self.settings.d_sae
+        self._workers.run(
+            kernels.drop_parallel, d_sae, self.parameters["W_dec"], gradients["W_dec"]
+        )
+        if self._reduce is not None:
+            self._reduce(list(gradients.values()))
+        self.n_done += 1
+        total = sum(float(np.vdot(gradient, gradient)) for gradient in gradients.values())
+        shrink = np.float32(min(1.0, self.settings.clip / max(total**0.5, 1e-12)))
+        corrections = (1 - _BETAS.astype(np.float64) ** self.n_done).astype(np.float32)
+        for name in (*_MATRICES, *_VECTORS):
+            flat = name in _VECTORS
+            arrays = (
+                self.parameters[name],
+                gradients[name],
+                self._moments[f"mean.{name}"],
+                self._moments[f"square.{name}"],
+            )
+            rows = [array[None] if flat else array for array in arrays]
+            numbers = (np.float32(rate), shrink, _BETAS, corrections, name == "W_dec")
+            self._workers.run(kernels.adam, len(rows[0]), *rows, *numbers)
+        np.maximum(self.parameters["threshold"], 1e-3, out=self.parameters["threshold"])
+
+
+def geometric_median(x: Floats, n_iterations: int = 30) -> Floats:
+    """The point whose summed distance to the rows of ``x`` is least (Weiszfeld's iteration)."""
+    median = x.mean(axis=0, dtype=np.float64)
+    for _ in range(n_iterations):
+        weights = 1 / np.maximum(np.linalg.norm(x - median, axis=1), 1e-6)
+        median = (x * weights[:, None]).sum(axis=0) / weights.sum()
+    return np.asarray(median, np.float32)
+
+
+def code_of(values: Floats) -> NDArray[np.int16]:
+    """Numbers that are not negative as int16 codes of bfloat16, rounded down."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.int16)
+
+
+def value_of(code: int) -> float:
+    """The number of a bfloat16 code."""
+    return float(np.array([code << 16], np.uint32).view(np.float32)[0])
