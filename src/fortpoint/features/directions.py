@@ -1,13 +1,15 @@
 """A named direction in the residual stream: a concept found with labelled examples.
 
 ``<name>.safetensors`` holds ``direction`` ``[d_model]`` of length 1 and, where it has one, the
-number ``bias``; ``<name>.json`` says where it reads:
+number ``bias`` and the vector ``decoder`` ``[d_model]``; ``<name>.json`` says where it reads:
 
     {"model": "smollm2-135m", "hook": "resid_post", "layer": 15, "training_maximum": 12.5}
 
 At a token with residual ``x`` its activation is ``relu(x . direction - bias)``: it acts as a
-dictionary of one feature whose encoder and decoder are both the direction. The unit of
-strengths and readings is ``training_maximum``, the largest activation in training.
+dictionary of one feature whose encoder is the direction, and whose decoder is ``decoder`` or,
+where there is none, the direction too. What reads a concept best (it looks past the ways text
+varies anyhow) is not what steers best, hence the two. The unit of strengths and readings is
+``training_maximum``, the largest activation in training.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ from numpy.typing import NDArray
 from fortpoint.errors import ModelError
 from fortpoint.vault import tensor_file
 
+Floats = NDArray[np.float32]
+
 _MAX_CARD_BYTES = 64 * 1024
 _LENGTH_TOLERANCE = 0.01  # a direction stored in bfloat16 is off by less
+_MAX_DECODER_LENGTH = 1e4
 
 
 class _Card(msgspec.Struct, frozen=True):
@@ -38,14 +43,20 @@ class _Card(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """``vector`` is ``[d_model]`` float32 of length 1."""
+    """``vector`` (length 1) reads, ``decoder`` steers: ``[d_model]`` float32 both."""
 
     name: str
     model: str
     layer: int
-    vector: NDArray[np.float32]
+    vector: Floats
     bias: float
     training_max: float
+    decoder: Floats | None = None
+
+    @property
+    def steering(self) -> Floats:
+        """What a unit of activation adds to the stream."""
+        return self.vector if self.decoder is None else self.decoder
 
     @classmethod
     def load(cls, stem: Path, d_model: int, n_layers: int) -> Direction:
@@ -57,7 +68,8 @@ class Direction:
         if not (math.isfinite(card.training_maximum) and card.training_maximum > 0):
             raise ModelError("its training_maximum is not a positive number")
         file = stem.with_name(f"{name}.safetensors")
-        tensors = tensor_file.read(file, {"direction": (d_model,)}, {"bias": ()})
+        optional: dict[str, tuple[int, ...]] = {"bias": (), "decoder": (d_model,)}
+        tensors = tensor_file.read(file, {"direction": (d_model,)}, optional)
         vector = tensors["direction"].astype(np.float64)
         length = float(np.linalg.norm(vector))
         if abs(length - 1.0) > _LENGTH_TOLERANCE:
@@ -69,7 +81,14 @@ class Direction:
             vector=(vector / length).astype(np.float32),
             bias=float(tensors["bias"]) if "bias" in tensors else 0.0,
             training_max=card.training_maximum,
+            decoder=_decoder(tensors.get("decoder")),
         )
+
+
+def _decoder(decoder: Floats | None) -> Floats | None:
+    if decoder is not None and not 0 < np.linalg.norm(decoder) <= _MAX_DECODER_LENGTH:
+        raise ModelError(f"its decoder's length is not between 0 and {_MAX_DECODER_LENGTH:g}")
+    return decoder
 
 
 def _card(path: Path) -> _Card:

@@ -111,7 +111,7 @@ class Library:
             encoder=found.vector,
             bias=-found.bias,
             threshold=0.0,
-            decoder=found.vector,
+            decoder=found.steering,
             training_max=found.training_max,
         )
 
