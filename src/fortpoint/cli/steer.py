@@ -123,7 +123,7 @@ def parse_strengths(text: str, mode: Mode) -> list[float]:
     if not all(math.isfinite(one) and abs(one) <= MAX_STRENGTH for one in found):
         raise InvalidRequest(
             f"a strength is a number from -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}, in units of the "
-            "feature's training maximum; 2 to 10 is usual",
+            "feature's training maximum",
             param="strength",
         )
     if len(found) > _MAX_STRENGTHS:
@@ -267,7 +267,7 @@ def print_beside(target: str, mode: str, answers: Sequence[Steered]) -> None:
     from rich.text import Text
 
     titles = [_title(target, mode, answer.strength) for answer in answers]
-    cells = [Text(answer.error or answer.text) for answer in answers]
+    cells = [Text(answer.error or answer.text, overflow="fold") for answer in answers]
     if len(answers) <= _MAX_COLUMNS:
         table = Table(*titles)
         for column in table.columns:
