@@ -87,10 +87,10 @@ def _sights(shard, tokenizer) -> list[str]:
 
 
 def _searcher(folder: Path):
-    from fortpoint.features.understanding.index import read
+    from fortpoint.features.understanding.index import Index
     from fortpoint.features.understanding.search import Search
 
-    search = Search(read(folder))
+    search = Search(Index.load(folder))
     return lambda words: [hit.feature for hit in search.words(words, 5)]
 
 

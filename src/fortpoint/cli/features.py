@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from fortpoint.cli import (
+    feature_alerts,
+    features_concept,
+    features_export,
+    features_label,
+    features_understand,
+)
 from fortpoint.cli.progress import Progress
 from fortpoint.errors import InvalidRequest
 
@@ -92,6 +99,20 @@ def train(
     for key, value in made.quality.items():
         typer.echo(f"{key:<24} {value:.4f}" if isinstance(value, float) else f"{key:<24} {value}")
     typer.echo(f"dictionary  {made.folder}\nreport      {made.report}")
+
+
+app.command("list")(features_understand.list_features)
+app.command("describe")(features_understand.describe)
+app.command("show")(features_understand.show)
+app.command("search")(features_understand.search)
+app.command("label")(features_label.label)
+app.command("cluster")(features_understand.cluster)
+app.command("concept")(features_concept.concept)
+app.command("sweep")(features_concept.sweep)
+app.command("export")(features_export.export)
+app.command("import")(features_export.import_)
+app.command("alerts")(feature_alerts.alerts)
+app.command("stats")(feature_alerts.stats)
 
 
 def print_json(value: Any) -> None:

@@ -12,7 +12,7 @@ import sys
 import typer
 
 import fortpoint
-from fortpoint.cli import audit, doctor, features, guard, key, model, serve
+from fortpoint.cli import audit, doctor, features, guard, key, model, preset, serve, steer
 from fortpoint.errors import FortPointError
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app.command("serve")(serve.serve)
 app.add_typer(model.app, name="model")
 app.add_typer(key.app, name="key")
 app.add_typer(features.app, name="features")
+app.command("steer")(steer.steer)
+app.add_typer(preset.app, name="preset")
 app.add_typer(guard.app, name="guard")
 app.add_typer(audit.app, name="audit")
 app.command("doctor")(doctor.doctor)
