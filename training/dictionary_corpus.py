@@ -52,18 +52,24 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield msgspec.json.decode(line)
 
 
+def write(data: Path, target: Path) -> int:
+    """All rows, gzipped; the file appears whole or not at all. Returns how many there are."""
+    partial = target.with_name(target.name + ".partial")
+    n = 0
+    with gzip.open(partial, "wb", compresslevel=3) as out:
+        for row in rows(data):
+            out.write(msgspec.json.encode(row) + b"\n")
+            n += 1
+    os.replace(partial, target)
+    return n
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the three files")
     parser.add_argument("--out", type=Path, required=True, help="JSONL, gzipped")
     arguments = parser.parse_args()
-    partial = arguments.out.with_name(arguments.out.name + ".partial")
-    n = 0
-    with gzip.open(partial, "wb", compresslevel=3) as out:
-        for row in rows(arguments.data):
-            out.write(msgspec.json.encode(row) + b"\n")
-            n += 1
-    os.replace(partial, arguments.out)
+    n = write(arguments.data, arguments.out)
     print(f"{n} texts and conversations in {arguments.out}")
 
 
