@@ -11,7 +11,7 @@ import pytest
 import harvested
 from fortpoint.errors import ModelError
 from fortpoint.features.activations import ActivationStore
-from fortpoint.features.training.batches import Batches, Scaling, measure_scaling
+from fortpoint.features.training.batches import Batches, Scaling, measure_scaling, sample
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +89,10 @@ def test_unscaled_rows_are_those_of_the_store(store: ActivationStore) -> None:
         (np.abs(harvested.planted(2048, seed=n)[0] - row).max(axis=1) < 0.05).any()
         for n in range(20)
     )
+
+
+def test_sample_takes_rows_of_every_shard_and_no_sink(store: ActivationStore) -> None:
+    rows = sample(store, harvested.LAYER, store.shards, n_rows=200)
+    assert len(rows) == 200
+    assert np.linalg.norm(rows, axis=1).max() < 100
+    assert len(np.unique(rows, axis=0)) == 200

@@ -19,14 +19,12 @@ from pathlib import Path
 import msgspec
 
 from fortpoint.cli.features_engine import opened
-from fortpoint.features.activations import ActivationStore, Shard, widen
-from fortpoint.features.training.batches import Batches, measure_scaling
+from fortpoint.features.activations import ActivationStore, Shard
+from fortpoint.features.training.batches import Batches, measure_scaling, sample
 from fortpoint.features.training.export import calibrate, dictionary_of
 from fortpoint.features.training.measure import measure_rise, pass_over
 from fortpoint.features.training.settings import Settings
 from fortpoint.features.training.trainer import Trainer
-
-_CALIBRATION_ROWS = 8192
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -83,9 +81,7 @@ def attempt(
     seconds = time.monotonic() - started
     dictionary = dictionary_of(trainer, scaling, "tried", case.layer)
     if case.settings.architecture in {"batchtopk", "matryoshka"}:
-        rows = store.kept(learn[-1], case.layer)[:_CALIBRATION_ROWS]
-        x = widen(learn[-1].bits(case.layer)[rows])
-        dictionary = calibrate(dictionary, x, case.settings.k)
+        dictionary = calibrate(dictionary, sample(store, case.layer, learn), case.settings.k)
     passed = pass_over(dictionary, store, held_out)
     rise = None
     if model is not None:

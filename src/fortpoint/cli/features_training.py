@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fortpoint.features.training.trainer import Trainer
 
 _MAXIMA_SHARDS = 32
-_CALIBRATION_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -129,15 +128,13 @@ def _finished(
     """Its threshold set and its units known."""
     import numpy as np
 
-    from fortpoint.features.activations import widen
+    from fortpoint.features.training.batches import sample
     from fortpoint.features.training.export import calibrate, dictionary_of
     from fortpoint.features.training.measure import pass_over
 
     dictionary = dictionary_of(trainer, scaling, name, layer)
     if trainer.settings.architecture in {"batchtopk", "matryoshka"}:
-        rows = store.kept(shards[-1], layer)[:_CALIBRATION_ROWS]
-        x = widen(shards[-1].bits(layer)[rows])
-        dictionary = calibrate(dictionary, x, trainer.settings.k)
+        dictionary = calibrate(dictionary, sample(store, layer, shards), trainer.settings.k)
     passed = pass_over(dictionary, store, shards[-_MAXIMA_SHARDS:], progress.update)
     maxima = np.where(passed.maximum > 0, passed.maximum, np.float32(1))
     return dataclasses.replace(dictionary, training_max=maxima.astype(np.float32))

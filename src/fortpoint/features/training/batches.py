@@ -56,6 +56,18 @@ def measure_scaling(store: ActivationStore, layer: int, shards: Sequence[Shard])
     return Scaling(mean.astype(np.float32), (spread / len(mean)) ** -0.5)
 
 
+def sample(
+    store: ActivationStore, layer: int, shards: Sequence[Shard], n_rows: int = 16_384
+) -> Floats:
+    """Some rows of every shard that are no sinks, ``[n, d_model]``: all kinds of text."""
+    parts, each = [], max(1, n_rows // len(shards))
+    for shard in shards:
+        kept = store.kept(shard, layer)
+        chosen = kept[np.linspace(0, len(kept) - 1, min(each, len(kept))).astype(int)]
+        parts.append(widen(shard.bits(layer)[chosen]))
+    return np.concatenate(parts)
+
+
 class Batches:
     """``rank`` of ``n_ranks`` processes takes its own share of the shards."""
 
