@@ -110,17 +110,23 @@ class Batches:
         return self._scaling.apply(widen(self._shards[0].bits(self._layer)[rows]))
 
     def since(self, step: int) -> Iterator[Floats]:
-        """All batches from number ``step`` on, without end."""
+        """All batches from number ``step`` on, without end; each is made while one is used."""
         plan = self._plan(step)
-        with ThreadPoolExecutor(1, "batches") as reader:
+        with ThreadPoolExecutor(1, "windows") as reader, ThreadPoolExecutor(1, "batch") as maker:
             coming: Future[tuple[Bits, NDArray[np.int64], int]]
             coming = reader.submit(self._load, *next(plan))
+            made: Future[Floats] | None = None
             while True:
                 bits, order, skip = coming.result()
                 coming = reader.submit(self._load, *next(plan))
                 for n in range(skip, len(order) // self._batch):
                     rows = order[n * self._batch : (n + 1) * self._batch]
-                    yield self._scaling.apply(widen(bits[rows]))
+                    before, made = made, maker.submit(self._make, bits, rows)
+                    if before is not None:
+                        yield before.result()
+
+    def _make(self, bits: Bits, rows: NDArray[np.int64]) -> Floats:
+        return self._scaling.apply(widen(bits[rows]))
 
     def _plan(self, step: int) -> Iterator[tuple[int, int, NDArray[np.int64], int]]:
         """Epoch, number of the window, its shards, and how many of its batches are over."""

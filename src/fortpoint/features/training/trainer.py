@@ -168,8 +168,7 @@ class Trainer:
             pairs.slopes,
             self._losses,
         )
-        variance = float(np.square(x - x.mean(axis=0)).sum(axis=1, dtype=np.float64).mean())
-        fvu = float(self._losses.mean(dtype=np.float64)) / max(variance, 1e-12)
+        fvu = float(self._losses.mean(dtype=np.float64)) / self.d_in  # of a mean square of 1
         if not np.isfinite(fvu):
             raise ModelError(
                 "the training diverged: its loss is not finite; lower the learning rate, and "
@@ -311,7 +310,7 @@ class Trainer:
         active = used & (pairs.values[:, : used.shape[1]] > 0)
         self._l0 = float(active.sum()) / len(centred)
         self._idle += len(centred)
-        self._idle[np.unique(pairs.cols[:, : used.shape[1]][active])] = 0
+        self._idle[pairs.cols[:, : used.shape[1]][active]] = 0
 
     def _threshold_gradient(self, near: NDArray[np.bool_], scale: np.float32) -> None:
         """Straight through a rectangle of ``bandwidth`` (arXiv 2407.14435, eqs. 11 and 12)."""
