@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from fortpoint.cli import features_understand as commands
 from fortpoint.cli.features_page import bars
 from fortpoint.errors import FortPointError, InvalidRequest, ModelError, NotFound
+from fortpoint.features import shipped
 from fortpoint.features.understanding.index import FILE, Index
 from planted_features import FEATURES, FRANCISCO, LAYER, Planted, plant
 
@@ -67,6 +68,7 @@ def home(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _at_home(home: Path, planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORTPOINT_HOME", str(home))
     monkeypatch.setattr(commands, "model_of", lambda store: planted.model)
+    monkeypatch.setattr(shipped, "ARTEFACTS", home / "nothing ships")
 
 
 @pytest.fixture(scope="module")

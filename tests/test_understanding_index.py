@@ -68,18 +68,14 @@ def whole() -> Index:
 
 
 def rewritten(folder: Path, number: int, change: Any) -> None:
-    """One line of the file changed by ``change``."""
+    """One line of the file changed by ``change``; line 0 is the header."""
     lines = gzip.decompress((folder / FILE).read_bytes()).splitlines()
     value = json.loads(lines[number])
     lines[number] = json.dumps(change(value)).encode()
     (folder / FILE).write_bytes(gzip.compress(b"\n".join(lines) + b"\n"))
 
 
-def put(place: int, value: Any) -> Any:
-    return lambda row: [*row[:place], value, *row[place + 1 :]]
-
-
-PLACE = {name: number for number, name in enumerate(Feature.__struct_fields__)}
+LINE = {name: number for number, name in enumerate(Feature.__struct_fields__, 1)}
 
 
 def test_index_that_was_saved_is_read_as_it_was(tmp_path: Path, whole: Index) -> None:
@@ -94,12 +90,39 @@ def test_same_index_gives_the_same_bytes(whole: Index) -> None:
     assert whole.packed() == whole.packed()
 
 
-def test_header_names_the_fields_of_a_line(tmp_path: Path, whole: Index) -> None:
+def test_header_names_the_fields_that_the_lines_have(tmp_path: Path, whole: Index) -> None:
     whole.save(tmp_path)
-    header, first, _ = gzip.decompress((tmp_path / FILE).read_bytes()).splitlines()
-    named = dict(zip(json.loads(header)["fields"], json.loads(first), strict=True))
-    assert named["label"] == "label 0"
-    assert named["y"] == 990
+    header, *lines = gzip.decompress((tmp_path / FILE).read_bytes()).splitlines()
+    columns = dict(zip(json.loads(header)["fields"], map(json.loads, lines), strict=True))
+    assert columns["label"] == ["label 0", "label 1"]
+    assert columns["y"] == [990, 990]
+
+
+def test_index_of_several_blocks_is_read_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "BLOCK", 3)
+    for n in (2, 3, 4, 9):
+        index = made(*(feature(i, neighbours=(), coactive=()) for i in range(n)))
+        index.save(tmp_path)
+        assert Index.load(tmp_path).features == index.features
+
+
+@pytest.mark.parametrize("cut", ["line", "value", "more"])
+def test_block_whose_lines_do_not_go_together_is_refused(
+    tmp_path: Path, whole: Index, cut: str
+) -> None:
+    whole.save(tmp_path)
+    lines = gzip.decompress((tmp_path / FILE).read_bytes()).splitlines()
+    if cut == "line":
+        del lines[-1]
+    elif cut == "value":
+        lines[3] = b"[0.5]"
+    else:
+        lines.append(b"[]")
+    (tmp_path / FILE).write_bytes(gzip.compress(b"\n".join(lines) + b"\n"))
+    with pytest.raises(ModelError):
+        Index.load(tmp_path)
 
 
 def test_plain_names_fields_all_the_way_down() -> None:
@@ -151,7 +174,7 @@ def test_index_of_another_size_is_refused(tmp_path: Path, whole: Index) -> None:
 )
 def test_line_out_of_range_is_refused(tmp_path: Path, whole: Index, field: str, value: Any) -> None:
     whole.save(tmp_path)
-    rewritten(tmp_path, 1, put(PLACE[field], value))
+    rewritten(tmp_path, LINE[field], lambda column: [value, *column[1:]])
     with pytest.raises(ModelError):
         Index.load(tmp_path)
 
@@ -163,6 +186,7 @@ def test_line_out_of_range_is_refused(tmp_path: Path, whole: Index, field: str, 
         lambda header: header | {"n_features": 3},
         lambda header: header | {"n_features": 10**9},
         lambda header: header | {"unknown": 1},
+        lambda header: header | {"fields": ["index"]},
         lambda header: [header],
     ],
 )

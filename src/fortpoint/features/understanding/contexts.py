@@ -19,8 +19,6 @@ from fortpoint.features.understanding.survey import SHARD_PLACES, Part, Survey, 
 
 Numbers = NDArray[np.int64]
 
-BEFORE = 12
-AFTER = 6
 LEVELS = (0.7, 0.3)
 """Quantiles of a feature's activations at which lesser contexts are taken."""
 
@@ -61,8 +59,10 @@ def contexts(
     survey: Survey,
     chosen: Chosen,
     texts: Sequence[str],
+    reach: tuple[int, int] = (12, 6),
 ) -> list[list[Context]]:
-    """The chosen contexts of each feature, strongest first."""
+    """The chosen contexts of each feature, strongest first, with so many tokens before and after
+    the one chosen."""
     found: list[list[Context]] = [[] for _ in range(dictionary.n_features)]
     order = np.argsort(chosen.places, kind="stable")
     ready: dict[int, Context] = {}
@@ -70,7 +70,7 @@ def contexts(
     for number, shard in enumerate(survey.learned):
         here = order[numbers == number]
         if len(here):
-            reader = _Reader(store, shard, dictionary, survey.maximum, texts)
+            reader = _Reader(store, shard, dictionary, survey.maximum, texts, reach)
             rows = chosen.places[here] % SHARD_PLACES
             made = reader.read(chosen.features[here], rows, chosen.levels[here])
             ready.update(zip(here.tolist(), made, strict=True))
@@ -89,7 +89,9 @@ class _Reader:
         dictionary: Dictionary,
         maximum: NDArray[np.float32],
         texts: Sequence[str],
+        reach: tuple[int, int],
     ) -> None:
+        self._reach = reach
         self._dictionary = dictionary
         self._maximum = maximum
         self._texts = texts
@@ -106,8 +108,8 @@ class _Reader:
 
     def _chunk(self, features: Numbers, rows: Numbers, levels: Numbers) -> Iterator[Context]:
         window = np.searchsorted(self._bounds, rows, side="right")
-        starts = np.maximum(self._bounds[window - 1], rows - BEFORE)
-        ends = np.minimum(self._bounds[window], rows + AFTER + 1)
+        starts = np.maximum(self._bounds[window - 1], rows - self._reach[0])
+        ends = np.minimum(self._bounds[window], rows + self._reach[1] + 1)
         sizes = ends - starts
         offsets = np.cumsum(sizes) - sizes
         at = np.repeat(starts - offsets, sizes) + np.arange(int(sizes.sum()))

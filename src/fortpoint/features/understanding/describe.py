@@ -45,21 +45,34 @@ _N_ALIKE = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """What is kept of each feature. ``n_lesser`` contexts (at most 2) are of lesser strength."""
+    """What is kept of each feature. ``n_lesser`` contexts (at most 2) are of lesser strength;
+    ``reach`` is how many tokens a context shows before and after its own."""
 
     survey: surveying.Settings = field(default_factory=surveying.Settings)
     naming: naming.Settings = field(default_factory=naming.Settings)
     n_contexts: int = 8
     n_lesser: int = 2
-    n_effects: int = 10
+    reach: tuple[int, int] = (12, 6)
+    n_promoted: int = 10
+    n_suppressed: int = 10
     n_kin: int = 6
+    n_encoder_kin: int = 6
     n_bins: int = 12
     n_clusters: int | None = None
     seed: int = 0
 
 
-COMPACT = Settings(n_contexts=3, n_lesser=1, n_effects=5, n_kin=4, n_bins=10)
-"""For an index that ships: under 300 bytes a feature."""
+COMPACT = Settings(
+    n_contexts=3,
+    n_lesser=1,
+    reach=(8, 3),
+    n_promoted=5,
+    n_suppressed=2,
+    n_kin=3,
+    n_encoder_kin=0,
+    n_bins=8,
+)
+"""For an index that ships: about 260 bytes a feature."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +98,17 @@ def describe(
     seen = survey(store, dictionary, settings.survey, progress)
     token_counts = np.bincount(seen.study.passages.tokens, minlength=len(model.texts))
     shown = token_counts >= min(_LEAST_TOKEN_COUNT, int(token_counts.max(initial=1)))
-    said = effects(dictionary.decoder, model.readout, shown, settings.n_effects, progress=progress)
+    n_effects = max(settings.n_promoted, settings.n_suppressed)
+    said = effects(dictionary.decoder, model.readout, shown, n_effects, progress=progress)
     texts = tuple(model.texts)
     classes = TokenClasses.learn(model.readout, token_counts, texts, seed=settings.seed)
     lexicon = Lexicon(texts, classes)
     lexicon.learn_surfaces(token_counts)
     kin = _kin(dictionary, seen, settings)
-    promoted = _effects(said.promoted, said.promoted_values, texts)
+    promoted = _effects(said.promoted, said.promoted_values, texts, settings.n_promoted)
     named = naming.name_all(seen, lexicon, kin.alike, promoted, settings.naming, progress)
     chosen = choose(seen, settings.n_contexts, settings.n_lesser)
-    shown_contexts = contexts(store, dictionary, seen, chosen, texts)
+    shown_contexts = contexts(store, dictionary, seen, chosen, texts, settings.reach)
     features = _features(seen, said, named, kin, shown_contexts, promoted, texts, settings)
     return _clustered(
         Index(_header(dictionary, digest, model, seen, named, classes), tuple(features)),
@@ -117,7 +131,7 @@ def _kin(dictionary: Dictionary, seen: Survey, settings: Settings) -> _Kindred:
     by_decoder = nearest(dictionary.decoder, max(settings.n_kin, _N_ALIKE))
     return _Kindred(
         decoder=by_decoder,
-        encoder=nearest(dictionary.encoder, settings.n_kin),
+        encoder=nearest(dictionary.encoder, settings.n_encoder_kin),
         company=coactive(counts, totals, len(seen.study.kept), settings.n_kin),
         alike=by_decoder.features[:, :_N_ALIKE],
         clusters=cluster(dictionary.decoder, counts, totals, settings.n_clusters, settings.seed),
@@ -162,7 +176,7 @@ def _features(
     settings: Settings,
 ) -> list[Feature]:
     histogram = seen.histogram(settings.n_bins)
-    suppressed = _effects(said.suppressed, said.suppressed_values, texts)
+    suppressed = _effects(said.suppressed, said.suppressed_values, texts, settings.n_suppressed)
     features = []
     for i, score in enumerate(named.scores):
         alive = bool(seen.counts[i])
@@ -180,7 +194,7 @@ def _features(
                 promoted=promoted[i],
                 suppressed=suppressed[i],
                 neighbours=_named_kin(kin.decoder, i, settings.n_kin),
-                encoder_neighbours=_named_kin(kin.encoder, i, settings.n_kin),
+                encoder_neighbours=_named_kin(kin.encoder, i, settings.n_encoder_kin),
                 coactive=_named_kin(kin.company, i, settings.n_kin),
                 cluster=-1,
                 x=0,
@@ -224,12 +238,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _effects(
-    tokens: NDArray[np.int64], values: NDArray[np.float32], texts: Sequence[str]
+    tokens: NDArray[np.int64], values: NDArray[np.float32], texts: Sequence[str], n: int
 ) -> list[tuple[Effect, ...]]:
     return [
         tuple(
-            Effect(texts[token], round(value, 2))
-            for token, value in zip(row.tolist(), row_values.tolist(), strict=True)
+            Effect(texts[token], float(f"{value:.2g}"))
+            for token, value in zip(row[:n].tolist(), row_values[:n].tolist(), strict=True)
         )
         for row, row_values in zip(tokens, values, strict=True)
     ]

@@ -2,9 +2,10 @@
 
     features/<dictionary>/understanding.jsonl.gz
 
-The first line is the ``Header``; then one line a feature, in order, as an array whose fields
-the header names. It is read within limits, and every number has its range: an index may come
-from others.
+The first line is the ``Header``. Then come blocks of 1,024 features, each of as many lines as
+the header names fields: a line is one field of all of the block's features, which packs a fifth
+smaller than a line a feature would. It is read within limits, and every number has its range: an
+index may come from others.
 
     index = Index.load(folder, n_features=4608)
     index.features[417].label, index.features[417].contexts[0].tokens
@@ -21,7 +22,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -31,10 +32,11 @@ from fortpoint.features.sae import MAX_FEATURES
 from fortpoint.vault.model_folder import sha256_of
 
 FILE = "understanding.jsonl.gz"
-VERSION = 1
+VERSION = 2
 MAX_FILE_BYTES = 256 * 1024 * 1024
 MAX_TEXT_BYTES = 2 * 1024 * 1024 * 1024
-MAX_LINE_BYTES = 4 * 1024 * 1024
+MAX_LINE_BYTES = 32 * 1024 * 1024
+BLOCK = 1024
 _CHUNK = 1 << 20
 
 Number = Annotated[int, Meta(ge=0, le=MAX_FEATURES)]
@@ -81,7 +83,7 @@ class Kin(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     closeness: Annotated[int, Meta(ge=-100, le=100)]
 
 
-class Feature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Feature(msgspec.Struct, frozen=True):
     """All of one feature.
 
     ``label_score`` is the label's balanced accuracy on unseen text, None where the feature was
@@ -173,9 +175,8 @@ class Index:
         lines = _lines(path)
         try:
             header = msgspec.json.decode(next(lines, b""), type=Header)
-            decoder = msgspec.json.Decoder(Feature)
-            features = tuple(decoder.decode(line) for line in lines)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            features = tuple(_features(header, lines))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
             raise ModelError(f"{path.name} is no index of features") from None
         _check(path, header, features)
         return cls(header, features)
@@ -199,8 +200,11 @@ class Index:
         encoder = msgspec.json.Encoder()
         packed = io.BytesIO()
         with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=9, mtime=0) as file:
-            for line in (self.header, *self.features):
-                file.write(encoder.encode(line) + b"\n")
+            file.write(encoder.encode(self.header) + b"\n")
+            for start in range(0, len(self.features), BLOCK):
+                block = self.features[start : start + BLOCK]
+                for name in self.header.fields:
+                    file.write(encoder.encode([getattr(f, name) for f in block]) + b"\n")
         return packed.getvalue()
 
     def with_features(self, features: tuple[Feature, ...]) -> Index:
@@ -226,10 +230,26 @@ def digest_of(weights: Path) -> str:
     return "sha256:" + sha256_of(weights)
 
 
+def _features(header: Header, lines: Iterator[bytes]) -> Iterator[Feature]:
+    """Raises ``ValueError`` for a block whose lines are too few or do not go together."""
+    if header.version != VERSION or header.fields != Feature.__struct_fields__:
+        return
+    types = get_type_hints(Feature, include_extras=True)
+    decoders = [msgspec.json.Decoder(list[types[name]]) for name in header.fields]
+    for _ in range(0, header.n_features, BLOCK):
+        columns = [decoder.decode(next(lines, b"")) for decoder in decoders]
+        for values in zip(*columns, strict=True):
+            yield Feature(*values)
+    if next(lines, None) is not None:
+        raise ValueError("more lines than features")
+
+
 def _check(path: Path, header: Header, features: tuple[Feature, ...]) -> None:
     """What the types do not say."""
-    if header.version != VERSION:
-        raise ModelError(f"{path.name} is of version {header.version}, not {VERSION}")
+    if header.version != VERSION or header.fields != Feature.__struct_fields__:
+        raise ModelError(
+            f"{path.name} is of version {header.version}, not {VERSION}; describe it again"
+        )
     n = header.n_features
     if len(features) != n or any(feature.index != i for i, feature in enumerate(features)):
         raise ModelError(f"{path.name} does not have the features 0 to {n - 1} in order")

@@ -17,8 +17,9 @@ from fortpoint.features.understanding.writing import quoted, visible
 MAX_CHARS = 120
 _SHOWN = 4
 _LEAST_SHARE = 0.08
+_LEAST_GENERAL_SHARE = 0.25
 
-_HERE = (Kind.PHRASE, Kind.WORD, Kind.TOKEN, Kind.CLASS, Kind.SHAPE, Kind.ENDING, Kind.BEGINNING)
+_HERE = (Kind.PHRASE, Kind.WORD, Kind.TOKEN, Kind.CLASS, Kind.ENDING, Kind.BEGINNING, Kind.SHAPE)
 _BEFORE = (Kind.BEFORE_WORD, Kind.BEFORE, Kind.BEFORE_CLASS, Kind.BEFORE_SHAPE)
 _NEXT = (Kind.NEXT, Kind.NEXT_CLASS, Kind.NEXT_SHAPE)
 _NEAR = (Kind.NEAR, Kind.NEAR_CLASS, Kind.TOPIC)
@@ -30,6 +31,8 @@ _SLOTS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
     ("{}", (Kind.PLACE,)),
     ("in {} text", (Kind.ROLE,)),
 )
+_CLASSES = (Kind.CLASS, Kind.BEFORE_CLASS, Kind.NEXT_CLASS, Kind.NEAR_CLASS, Kind.TOPIC)
+_AS_WRITTEN = (Kind.SHAPE, Kind.BEFORE_SHAPE, Kind.NEXT_SHAPE, Kind.PLACE, Kind.ROLE)
 
 
 def rule_of(fitted: Fitted, space: TermSpace, lexicon: Lexicon) -> Rule:
@@ -42,34 +45,52 @@ def rule_of(fitted: Fitted, space: TermSpace, lexicon: Lexicon) -> Rule:
 
 
 def label_of(
-    rule: Rule | None, recalls: Sequence[float], promoted: Iterable[Effect], lexicon: Lexicon
+    rule: Rule | None, worth: Sequence[float], promoted: Iterable[Effect], lexicon: Lexicon
 ) -> str:
-    """``recalls`` are the shares of active tokens at which each of the rule's terms holds."""
+    """``worth`` says what each of the rule's terms does for it (``Fitted.worth``)."""
     if rule is None or not rule.terms:
         written = " / ".join(quoted(effect.token) for effect in list(promoted)[:3])
         return f"no pattern found; raises {written}" if written else "no pattern found"
-    worth = [term.weight * recall for term, recall in zip(rule.terms, recalls, strict=True)]
-    least = _LEAST_SHARE * sum(worth)
+    told = _worth_telling(rule.terms, worth)
     slots: list[tuple[float, str]] = []
     for form, kinds in _SLOTS:
-        members = [(w, t) for w, t in zip(worth, rule.terms, strict=True) if t.kind in kinds]
-        shown = [t for w, t in sorted(members, key=lambda m: -m[0])[:_SHOWN] if w >= least]
-        if shown:
-            values = dict.fromkeys(spoken(term, lexicon) for term in shown)
+        members = [(w, term) for w, term in told if term.kind in kinds][:_SHOWN]
+        if members:
+            values = dict.fromkeys(spoken(term, lexicon) for _, term in members)
             slots.append((sum(w for w, _ in members), form.format(" / ".join(values))))
     slots.sort(key=lambda slot: -slot[0])
     return _joined([text for _, text in slots])
 
 
+def _worth_telling(terms: Sequence[Term], worth: Sequence[float]) -> list[tuple[float, Term]]:
+    """The terms that say most, the most first.
+
+    A general one (a shape, a place, a first letter) only where it says much, or where there is
+    nothing better.
+    """
+    ranked = sorted(zip(worth, terms, strict=True), key=lambda pair: -pair[0])
+    total = sum(worth)
+    special = [pair for pair in ranked if not _general(pair[1])]
+    special = [pair for pair in special if pair[0] >= _LEAST_SHARE * total]
+    least = _LEAST_GENERAL_SHARE if special else _LEAST_SHARE
+    general = [pair for pair in ranked if _general(pair[1]) and pair[0] >= least * total]
+    return [*special, *general] or ranked[:1]
+
+
+def _general(term: Term) -> bool:
+    one_letter = term.kind == Kind.BEGINNING and len(term.value) == 2
+    return one_letter or term.kind in _AS_WRITTEN
+
+
 def spoken(term: Term, lexicon: Lexicon) -> str:
     """One term as a reader would say it."""
     kind = Kind(term.kind)
-    if kind in (Kind.CLASS, Kind.BEFORE_CLASS, Kind.NEXT_CLASS, Kind.NEAR_CLASS, Kind.TOPIC):
+    if kind in _CLASSES:
         return f"words like {lexicon.classes.names[int(term.value)]}"
-    if kind in (Kind.SHAPE, Kind.BEFORE_SHAPE, Kind.NEXT_SHAPE, Kind.PLACE, Kind.ROLE):
+    if kind in _AS_WRITTEN:
         return term.value
     if kind in (Kind.ENDING, Kind.BEGINNING):
-        return f"words {'ending' if kind is Kind.ENDING else 'beginning'} {term.value}"
+        return f"{term.value} words"
     if kind is Kind.TOKEN:
         return quoted(term.value)
     return " ".join(_word(part, lexicon) for part in term.value.split(" ") if part) or "a space"

@@ -58,10 +58,10 @@ def name_all(
     for feature in range(n_features):
         fitted = rules.learn(study, feature, alike[feature], settings.rules)
         rule = None if fitted is None else rule_of(fitted, space, lexicon)
-        recalls = [] if fitted is None else fitted.recalls.tolist()
+        worth = [] if fitted is None else fitted.worth.tolist()
         label = DEAD
         if survey.counts[feature]:
-            label = label_of(rule, recalls, promoted[feature], lexicon)
+            label = label_of(rule, worth, promoted[feature], lexicon)
         trial = scoring.trial(unseen, feature, alike[feature], settings.scoring)
         named.labels.append(label)
         named.rules.append(rule)

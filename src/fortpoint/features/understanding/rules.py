@@ -31,13 +31,14 @@ class Settings:
     """``least_gain`` is the slope of the loss (0.69 without any term) that a term must have."""
 
     max_terms: int = 12
-    n_positives: int = 300
-    n_negatives: int = 500
-    n_hard: int = 100
+    n_positives: int = 1000
+    n_negatives: int = 1500
+    n_hard: int = 300
     n_candidates: int = 120
     least_positives: int = 6
     least_gain: float = 0.01
     ridge: float = 0.002
+    by_strength: float = 0.5
     seed: int = 0
 
 
@@ -62,12 +63,15 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """``columns`` of the term space, the weightiest first, ``weights``, and each term's share
-    of the active tokens, ``recalls``. ``bias`` is added once."""
+    """``columns`` of the term space and their ``weights``; ``bias`` is added once.
+
+    ``worth`` is what each term does for the rule, the most first: its weight times how much
+    oftener it holds at active tokens, each counting as strongly as it is active, than at others.
+    """
 
     columns: Numbers
     weights: Floats
-    recalls: Floats
+    worth: Floats
     bias: float
 
     def scores(self, table: Incidence, rows: Numbers) -> Floats:
@@ -89,20 +93,28 @@ def learn(table: Table, feature: int, alike: Numbers, settings: Settings) -> Fit
     candidates = _candidates(table, positives, settings, rng)
     if len(candidates) == 0:
         return None
-    chosen = draw(positives, settings.n_positives, rng)
+    drawn = draw(np.arange(len(positives)), settings.n_positives, rng)
+    chosen = positives[drawn]
     hard = hard_cases(table, feature, alike, settings.n_hard, rng)
     easy = easy_cases(table, feature, settings.n_negatives - len(hard), rng)
     others = np.concatenate([hard, easy])
     rows = np.concatenate([chosen, others])
     x = _dense(table.terms, rows, candidates)
     y = np.append(np.ones(len(chosen)), -np.ones(len(others)))
-    picked, weights, bias = _pursue(x, y, settings)
+    strength = table.active.row_values(feature)[drawn].astype(np.float64)
+    strength /= strength.sum()
+    share = np.append(
+        settings.by_strength * strength + (1 - settings.by_strength) / len(chosen),
+        np.full(len(others), 1 / max(len(others), 1)),
+    )
+    picked, weights, bias = _pursue(x, y, share / 2, settings)
     if not picked:
         return None
-    recalls = x[: len(chosen), picked].mean(axis=0, dtype=np.float64)
-    order = np.argsort(-weights * recalls, kind="stable")
+    inside = strength @ x[: len(chosen), picked]
+    worth = weights * (inside - x[len(chosen) :, picked].mean(axis=0, dtype=np.float64))
+    order = np.argsort(-worth, kind="stable")
     columns = candidates[picked][order]
-    return Fitted(columns, np.round(weights[order], 2), recalls[order], round(bias, 2))
+    return Fitted(columns, np.round(weights[order], 2), worth[order], round(bias, 2))
 
 
 def draw(rows: NDArray[np.integer], n: int, rng: np.random.Generator) -> Numbers:
@@ -183,14 +195,15 @@ def _dense(terms: Incidence, rows: Numbers, columns: Numbers) -> NDArray[np.floa
 
 
 def _pursue(
-    x: NDArray[np.float32], y: Floats, settings: Settings
+    x: NDArray[np.float32], y: Floats, share: Floats, settings: Settings
 ) -> tuple[list[int], Floats, float]:
     """Columns in the order in which they were taken, their weights, and the bias.
+
+    ``share`` is what each row counts; all of them add up to 1.
 
     Of columns that are almost as good as the best the first is taken: columns stand in the
     order in which terms are preferred.
     """
-    share = np.where(y > 0, 0.5 / (y > 0).sum(), 0.5 / max((y < 0).sum(), 1))
     picked: list[int] = []
     weights, bias = np.empty(0), 0.0
     out = np.zeros(x.shape[1], np.bool_)

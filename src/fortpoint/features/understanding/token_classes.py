@@ -6,6 +6,7 @@ has no name of its own; it is shown by its most typical members.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,14 @@ from numpy.typing import NDArray
 
 from fortpoint.errors import ModelError
 from fortpoint.features.understanding.k_means import assign, k_means, unit_rows
+from fortpoint.features.understanding.writing import visible
 
 N_CLASSES = 512
 _SHOWN = 3
 _LEAST_SIZE = 4
+_TOO_COMMON = 0.01
+_PARTS, _MOST_PARTS = 100, 48
+_BLANKS = re.compile(" +")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,30 +57,41 @@ class TokenClasses:
         """From ``readout`` ``[n_vocab, d_model]`` and how often each token occurs.
 
         Only tokens that occur are put into classes, four or more to each on average. The mean
-        direction, which all tokens share, is taken away first.
+        direction, which all tokens share, is taken away first. A class that has more than a
+        hundredth of all text (words like "the" are alike by being common) is taken apart.
         """
         seen = np.flatnonzero(counts)
         if len(seen) == 0:
             return cls.none(len(texts))
-        rows = readout[seen]
-        x = unit_rows(rows - rows.mean(axis=0))
-        centers = k_means(x, max(1, min(n_classes, len(seen) // _LEAST_SIZE)), seed)
-        nearest, cosines = assign(x, centers)
-        of_token = np.full(len(texts), -1, np.int32)
-        of_token[seen] = nearest
+        own, cosines = _grouped(readout[seen], n_classes, seed)
+        share = np.bincount(own, weights=counts[seen]) / counts.sum()
+        for number in np.flatnonzero(share > _TOO_COMMON).tolist():
+            members = np.flatnonzero(own == number)
+            n = min(_MOST_PARTS, 1 + round(float(share[number]) * _PARTS))
+            parts, cosines[members] = _grouped(readout[seen[members]], n, seed)
+            own[members] = np.where(parts == 0, number, own.max() + parts)
         typical = cosines * np.log1p(counts[seen])
-        names = [
-            _name(seen[nearest == number], typical[nearest == number], texts)
-            for number in range(len(centers))
-        ]
+        order = np.argsort(-typical, kind="stable")
+        names = [_name(seen[order[own[order] == n]], texts) for n in range(int(own.max()) + 1)]
+        of_token = np.full(len(texts), -1, np.int32)
+        of_token[seen] = own
         return cls(of_token, tuple(names))
 
 
-def _name(tokens: NDArray[np.int64], typical: NDArray[np.float64], texts: tuple[str, ...]) -> str:
-    """The most typical members, each word once."""
+def _grouped(
+    rows: NDArray[np.float32], n: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The group of each row, numbered without a gap, and its cosine with the group's centre."""
+    x = unit_rows(rows - rows.mean(axis=0))
+    own, cosines = assign(x, k_means(x, max(1, min(n, len(x) // _LEAST_SIZE)), seed))
+    return np.unique(own, return_inverse=True)[1], cosines
+
+
+def _name(tokens: NDArray[np.int64], texts: tuple[str, ...]) -> str:
+    """The most typical members, which come first, each word once."""
     shown: dict[str, str] = {}
-    for token in tokens[np.argsort(-typical, kind="stable")].tolist():
-        written = texts[token].strip() or repr(texts[token])[1:-1]
+    for token in tokens.tolist():
+        written = texts[token].strip() or _BLANKS.sub("␣", visible(texts[token]))
         shown.setdefault(written.lower(), written)
         if len(shown) == _SHOWN:
             break
