@@ -287,17 +287,30 @@ def opened_with(name: str, harvest: Path) -> tuple[Place, ActivationStore, Dicti
 
 
 def _described() -> Iterator[Place]:
-    """All dictionaries that have an index, the home's own before shipped ones."""
-    from fortpoint.features.shipped import ARTEFACTS
+    """All dictionaries that have an index, the home's own before those shipped for its model."""
     from fortpoint.features.understanding.index import FILE
 
     own = Home(configuration.load().home_path).features
+    folders = [(path.parent, False) for path in sorted(own.glob(f"*/{FILE}"))]
+    folders += [(folder, True) for folder in _shipped() if (folder / FILE).is_file()]
     seen: set[str] = set()
-    for root, shipped in ((own, False), (ARTEFACTS, True)):
-        for path in sorted(root.glob(f"*/{FILE}")):
-            if path.parent.name not in seen:
-                seen.add(path.parent.name)
-                yield Place(path.parent.name, path.parent, shipped)
+    for folder, shipped in folders:
+        if folder.name not in seen:
+            seen.add(folder.name)
+            yield Place(folder.name, folder, shipped)
+
+
+def _shipped() -> tuple[Path, ...]:
+    """Those for the model that this home serves; all of them where it has none yet."""
+    from fortpoint.cli.features_export import read_served
+    from fortpoint.features.shipped import ARTEFACTS, MODEL, made_for
+
+    config = configuration.load()
+    try:
+        served = read_served(Home(config.home_path), config.engine.model)
+    except FortPointError:
+        return tuple(path.parent for path in sorted(ARTEFACTS.glob(f"*/{MODEL}")))
+    return made_for(served.digest)
 
 
 def _index(place: Place) -> Index:
