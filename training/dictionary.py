@@ -29,6 +29,7 @@ from fortpoint.home import Home
 from training import dictionary_card, dictionary_corpus
 
 RECIPE = Path(__file__).with_name("dictionary.toml")
+_DESCRIBED_TOKENS = 2_500_000
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def ship(recipe: Recipe, work: Path, quality: dict[str, float | int]) -> None:
         str(target),
         work / "activations",
         held_out=recipe.n_held_out,
-        tokens=0,
+        tokens=_DESCRIBED_TOKENS,
         compact=True,
         clusters=0,
         out=None,

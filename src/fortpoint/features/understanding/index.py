@@ -235,13 +235,17 @@ def _features(header: Header, lines: Iterator[bytes]) -> Iterator[Feature]:
     if header.version != VERSION or header.fields != Feature.__struct_fields__:
         return
     types = get_type_hints(Feature, include_extras=True)
-    decoders = [msgspec.json.Decoder(list[types[name]]) for name in header.fields]
+    decoders = [_column(types[name]) for name in header.fields]
     for _ in range(0, header.n_features, BLOCK):
         columns = [decoder.decode(next(lines, b"")) for decoder in decoders]
         for values in zip(*columns, strict=True):
             yield Feature(*values)
     if next(lines, None) is not None:
         raise ValueError("more lines than features")
+
+
+def _column(kind: Any) -> msgspec.json.Decoder[list[Any]]:
+    return msgspec.json.Decoder(list[kind])
 
 
 def _check(path: Path, header: Header, features: tuple[Feature, ...]) -> None:
