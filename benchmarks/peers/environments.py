@@ -26,6 +26,12 @@ STEPS: dict[str, Steps] = {
         ("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),
     ),
     "llama_cpp": (("install", "xllamacpp"),),
+    "saelens": (("install", TORCH, "sae-lens"),),
+    "dictionary_learning": (
+        ("install", TORCH, "dictionary-learning"),
+        ("uninstall", "--yes", "torchvision"),  # its build does not fit this torch either
+    ),
+    "sparsify": (("install", TORCH, "eai-sparsify"),),
 }
 _MADE = "made-by"
 

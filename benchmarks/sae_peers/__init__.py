@@ -1,0 +1,1 @@
+"""Training dictionaries beside the peers: activations, turns, runners in their environments."""
