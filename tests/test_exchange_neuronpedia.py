@@ -17,6 +17,7 @@ from fortpoint.features.exchange import neuronpedia
 from fortpoint.features.exchange.neuronpedia import Source, write
 from fortpoint.features.sae import Dictionary
 from fortpoint.features.understanding.index import (
+    VERSION,
     Cluster,
     Context,
     Effect,
@@ -59,7 +60,7 @@ def feature(number: int, **changes: Any) -> Feature:
 def index_of(*features: Feature) -> Index:
     n = len(features)
     header = Header(
-        version=1,
+        version=VERSION,
         dictionary="ours",
         model="smollm2-135m",
         model_digest="sha256:0",
