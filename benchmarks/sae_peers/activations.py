@@ -48,17 +48,23 @@ def prepare(
     n_held_out: int,
     text: Path | None = None,
     harvested: Path | None = None,
-    layer: int = LAYER,
+    layer: int | None = None,
 ) -> Files:
-    """Write both files into ``folder``, out of the harvest, which is made if need be."""
+    """Write both files into ``folder``, out of the harvest, which is made if need be.
+
+    ``layer`` None is the harvest's first, and ``LAYER`` where one is made.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if harvested is None:
+        layer = LAYER if layer is None else layer
         text = text or _default_text(folder)
         # Some tokens are sinks; a few more than wanted make up for them.
         store = _harvest(folder / "harvest", model, text, int((n_train + n_held_out) * 1.03), layer)
         source = f"{text.name}, layer {layer} of {model.name}"
     else:
         store = ActivationStore(harvested)
+        layer = store.plan.layers[0] if layer is None else layer
+        store.check_layer(layer)
         source = f"{harvested.name}, layer {layer} of {store.plan.model}"
     files = Files(folder / "train.npy", folder / "held_out.npy", source, store.n_tokens)
     _write(store, layer, files, n_train, n_held_out)
@@ -66,17 +72,12 @@ def prepare(
 
 
 def _write(store: ActivationStore, layer: int, files: Files, n_train: int, n_held_out: int) -> None:
-    """Held-out rows come from the end: documents that nobody trains on."""
-    rows = [(shard, store.kept(shard, layer)) for shard in store.shards]
-    n_kept = sum(len(kept) for _, kept in rows)
+    """Held-out rows come from the end: text that nobody trains on."""
+    n_kept = sum(len(store.kept(shard, layer)) for shard in store.shards)
     if n_kept < n_train + n_held_out:
         raise SystemExit(f"the harvest has {n_kept} tokens that are no sinks; ask for fewer")
-    x = np.empty((n_kept, store.plan.d_model), np.float32)
-    at = 0
-    for shard, kept in rows:
-        x[at : at + len(kept)] = widen(shard.bits(layer)[kept])
-        at += len(kept)
-    train, held_out = x[:n_train], x[n_kept - n_held_out :]
+    train = _rows(store, layer, n_train, 1)
+    held_out = _rows(store, layer, n_held_out, -1)
     mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
     train -= mean
     held_out -= mean
@@ -86,6 +87,19 @@ def _write(store: ActivationStore, layer: int, files: Files, n_train: int, n_hel
     np.random.default_rng(0).shuffle(train, axis=0)
     np.save(files.train, train)
     np.save(files.held_out, held_out)
+
+
+def _rows(store: ActivationStore, layer: int, n: int, step: int) -> np.ndarray:
+    """The first ``n`` rows that are no sinks, ``[n, d_model]``; the last for ``step`` -1."""
+    x = np.empty((n, store.plan.d_model), np.float32)
+    at = 0
+    for shard in store.shards[::step]:
+        kept = store.kept(shard, layer)[::step][: n - at]
+        x[at : at + len(kept)] = widen(shard.bits(layer)[kept])
+        at += len(kept)
+        if at == n:
+            break
+    return x
 
 
 def _harvest(folder: Path, model: Path, text: Path, n_tokens: int, layer: int) -> ActivationStore:

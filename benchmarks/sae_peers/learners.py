@@ -21,11 +21,16 @@ from peers.contestants import Failed
 
 START_LIMIT_S = 900
 TURN_LIMIT_S = 1800
+OURS = "Fort Point"
+SAELENS = "SAELens"
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train; the fastest of a ``family`` and ``architecture`` takes part."""
+    """One way to train; the fastest of a ``family`` and ``architecture`` takes part.
+
+    ``beyond`` is one with bfloat16 autocast put around a library's loop that on a CPU has none.
+    """
 
     family: str
     architecture: str
@@ -34,8 +39,12 @@ class Way:
     settings: dict[str, object]
 
     @property
-    def group(self) -> tuple[str, str]:
-        return self.family, self.architecture
+    def beyond(self) -> bool:
+        return self.family != SAELENS and bool(self.settings.get("autocast"))
+
+    @property
+    def group(self) -> tuple[str, str, bool]:
+        return self.family, self.architecture, self.beyond
 
     @property
     def name(self) -> str:
@@ -51,7 +60,6 @@ class Result:
     n_dead: int
 
 
-OURS = "Fort Point"
 _VARIANTS: dict[str, dict[str, object]] = {
     "fp32": {"autocast": False, "compile": False},
     "bf16 autocast": {"autocast": True, "compile": False},
@@ -71,12 +79,12 @@ def peers_ways() -> list[Way]:
     """Every way that is tried."""
     found = []
     for kind in ("topk", "batchtopk"):
-        for family in ("SAELens", "dictionary_learning"):
+        for family in (SAELENS, "dictionary_learning"):
             for variant, settings in _VARIANTS.items():
                 given = {"architecture": kind, "sparse": False, **settings}
                 found.append(Way(family, kind, variant, family.lower(), given))
     sparse = {"architecture": "topk", "sparse": True, **_VARIANTS["fp32"]}
-    found.append(Way("SAELens", "topk", "fp32, sparse activations", "saelens", sparse))
+    found.append(Way(SAELENS, "topk", "fp32, sparse activations", "saelens", sparse))
     for optimizer in ("adam", "signum"):
         for variant, settings in _VARIANTS.items():
             given = {"optimizer": optimizer, **settings}
