@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/saelens_agreement.py [--dictionary FOLDER] [--json FILE]
 
-Inputs are the embedded model's residual stream after layer 15 on ordinary text. Ours are written
+Inputs are the embedded model's residual stream on ordinary text, after the layer of the shipped
+dictionary, which is checked first, or of another one that is named. Ours are written
 by `fortpoint features export --format saelens` in each form and precision and loaded with
 SAELens's own `SAE.load_from_disk`; its are trained a little in each of its architectures, saved
 for inference and as checkpoints, and read by `Dictionary.load`. SAELens runs in an environment of
@@ -31,15 +32,18 @@ from fortpoint.engine.chat import ChatTokenizer
 from fortpoint.engine.loading import load_model
 from fortpoint.engine.residual_stream import ResidualStream
 from fortpoint.features.exchange import saelens
-from fortpoint.features.sae import Dictionary
+from fortpoint.features.sae import CONFIG, Dictionary
+from fortpoint.features.shipped import made_for
+from fortpoint.vault.model_folder import open_model
 from peers import figures
 from peers.environments import python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".bench"
 MODEL = "smollm2-135m"
-LAYER, D_SAE, K = 15, 4608, 32
+LAYER, D_SAE, K = 15, 4608, 32  # of what is made up, where nothing is shipped
 PROMPTS = Path(__file__).parent / "peers" / "prompts.txt"
+MAX_LAYERS = 1 << 10
 LIMIT = 1e-5
 """Of a difference, in units of the largest activation."""
 
@@ -71,22 +75,32 @@ class Agreement:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dictionary", type=Path, help="ours to check, else made-up ones alone")
+    parser.add_argument("--dictionary", type=Path, help="ours to check, else what is shipped")
     parser.add_argument("--model", type=Path, default=ROOT / ".test-home" / "models" / MODEL)
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     return parser.parse_args()
 
 
-def residuals(model: Path) -> np.ndarray:
-    """``[n_tokens, d_model]`` after ``LAYER``, first tokens (sinks) and all."""
+def shipped(model: Path) -> Path | None:
+    """The first dictionary that comes with the product for this model's weights."""
+    found = made_for(open_model(model).manifest.digest)
+    return found[0] if found else None
+
+
+def read_width(folder: Path) -> int:
+    return json.loads((folder / CONFIG).read_bytes())["d_in"]
+
+
+def residuals(model: Path, layer: int) -> np.ndarray:
+    """``[n_tokens, d_model]`` after ``layer``, first tokens (sinks) and all."""
     tokenizer = ChatTokenizer.load(model)
     stream = ResidualStream(load_model(model, Engine()))
     texts = PROMPTS.read_text(encoding="utf-8").splitlines()
     tokens = [list(tokenizer.text(text).tokens) for text in texts if text.strip()]
-    return stream.read(tokens, (LAYER,))[LAYER]
+    return stream.read(tokens, (layer,))[layer]
 
 
-def made_up(x: np.ndarray) -> Iterator[Dictionary]:
+def made_up(x: np.ndarray, layer: int) -> Iterator[Dictionary]:
     """One of each form, about ``K`` active at a token."""
     random = np.random.default_rng(0)
     decoder = random.standard_normal((D_SAE, x.shape[1]), np.float32)
@@ -96,7 +110,7 @@ def made_up(x: np.ndarray) -> Iterator[Dictionary]:
     over = np.quantile(z, 1 - K / D_SAE, axis=0).astype(np.float32)
     jumprelu = Dictionary(
         name="jumprelu",
-        layer=LAYER,
+        layer=layer,
         encoder=decoder,
         bias=random.standard_normal(D_SAE, np.float32),
         threshold=np.maximum(over, 0),
@@ -113,7 +127,7 @@ def made_up(x: np.ndarray) -> Iterator[Dictionary]:
 
 def compare(what: str, folder: Path, theirs: Path, x: np.ndarray) -> Agreement:
     """Ours read from ``folder`` against what SAELens left in ``theirs``."""
-    dictionary = Dictionary.load(folder, x.shape[1], LAYER + 1)
+    dictionary = Dictionary.load(folder, x.shape[1], MAX_LAYERS)
     acts, other = dictionary.encode(x), np.load(theirs / "acts.npy")
     made, other_made = acts @ dictionary.decoder + dictionary.center, np.load(theirs / "made.npy")
     unit = float(other.max())
@@ -156,7 +170,7 @@ def run(dictionaries: list[Dictionary], x: np.ndarray, scratch: Path) -> tuple[l
         "x": str(scratch / "x.npy"),
         "read": [str(folder) for folder in written.values()],
         "write": str(scratch),
-        "layer": LAYER,
+        "layer": dictionaries[0].layer,
         "model": MODEL,
         "k": K,
         "d_sae": D_SAE,
@@ -179,15 +193,16 @@ def run(dictionaries: list[Dictionary], x: np.ndarray, scratch: Path) -> tuple[l
 def main() -> None:
     chosen = arguments()
     machine = figures.machine()
-    x = residuals(chosen.model)
-    dictionaries = list(made_up(x))
-    if chosen.dictionary:
-        dictionaries.insert(0, Dictionary.load(chosen.dictionary, x.shape[1], 1 << 16))
+    named = chosen.dictionary or shipped(chosen.model)
+    loaded = [] if named is None else [Dictionary.load(named, read_width(named), MAX_LAYERS)]
+    layer = loaded[0].layer if loaded else LAYER
+    x = residuals(chosen.model, layer)
+    dictionaries = loaded + list(made_up(x, layer))
     BENCH.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BENCH) as scratch:
         found, versions = run(dictionaries, x, Path(scratch))
     print(f"{machine['hardware']}; {machine['commit']}; {json.dumps(versions)}")
-    print(f"{len(x):,} tokens of {MODEL}, layer {LAYER}\n")
+    print(f"{len(x):,} tokens of {MODEL}, layer {layer}\n")
     print(figures.markdown([one.row() for one in found]))
     if chosen.json:
         agreements = [asdict(one) | {"agrees": one.agrees} for one in found]
