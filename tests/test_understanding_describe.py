@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -180,3 +182,25 @@ def test_compact_index_keeps_less(planted: Planted, index: Index) -> None:
 
 def test_every_feature_of_a_month_or_the_kitchen_is_in_the_vocabulary() -> None:
     assert all(" " + word in ID for word in (*MONTHS.split(), *KITCHEN.split()))
+
+
+def test_keywords_stand_in_sight_of_the_strongest_tokens(index: Index) -> None:
+    words = {keyword.word: keyword.share for keyword in index.features[FRANCISCO].keywords}
+    assert words["San"] == 100
+    assert words["Francisco"] > 85
+    cooking = [keyword.word for keyword in index.features[COOKING].keywords]
+    assert sum(word in KITCHEN.split() for word in cooking) >= len(cooking) - 1 >= 5
+    assert index.features[DEAD].keywords == ()
+
+
+def test_keywords_are_as_many_as_asked_for(planted: Planted) -> None:
+    few = describe(
+        planted.store, planted.dictionary, "", planted.model, settings(n_keywords=2), quiet
+    )
+    assert max(len(feature.keywords) for feature in few.features) == 2
+
+
+def test_label_shows_the_features_own_words_for_a_class(index: Index) -> None:
+    assert "words like" in index.features[MONTH].label
+    named = set(re.findall(r"[A-Z][a-z]+", index.features[MONTH].label))
+    assert named <= set(MONTHS.split())

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fortpoint.features.understanding.index import Feature
 from fortpoint.features.understanding.k_means import assign, k_means, unit_rows
-from fortpoint.features.understanding.search import words_of
+from fortpoint.features.understanding.wording import words_of
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

@@ -30,8 +30,10 @@ from fortpoint.features.understanding.index import (
     Feature,
     Header,
     Index,
+    Keyword,
     Kin,
 )
+from fortpoint.features.understanding.keywords import keywords
 from fortpoint.features.understanding.lexicon import Lexicon
 from fortpoint.features.understanding.neighbours import Nearest, coactive, nearest, together
 from fortpoint.features.understanding.survey import Survey, survey
@@ -58,6 +60,7 @@ class Settings:
     n_kin: int = 6
     n_encoder_kin: int = 6
     n_bins: int = 12
+    n_keywords: int = 8
     n_clusters: int | None = None
     seed: int = 0
 
@@ -65,12 +68,13 @@ class Settings:
 COMPACT = Settings(
     n_contexts=3,
     n_lesser=1,
-    reach=(8, 3),
-    n_promoted=5,
+    n_promoted=4,
     n_suppressed=2,
     n_kin=3,
     n_encoder_kin=0,
     n_bins=8,
+    n_keywords=4,
+    reach=(8, 2),
 )
 """For an index that ships: about 260 bytes a feature."""
 
@@ -109,7 +113,10 @@ def describe(
     named = naming.name_all(seen, lexicon, kin.alike, promoted, settings.naming, progress)
     chosen = choose(seen, settings.n_contexts, settings.n_lesser)
     shown_contexts = contexts(store, dictionary, seen, chosen, texts, settings.reach)
-    features = _features(seen, said, named, kin, shown_contexts, promoted, texts, settings)
+    in_sight = keywords(seen, lexicon, settings.n_keywords, settings.seed)
+    features = _features(
+        seen, said, named, kin, shown_contexts, promoted, in_sight, texts, settings
+    )
     return _clustered(
         Index(_header(dictionary, digest, model, seen, named, classes), tuple(features)),
         kin.clusters,
@@ -172,6 +179,7 @@ def _features(
     kin: _Kindred,
     shown: Sequence[Sequence[Context]],
     promoted: Sequence[tuple[Effect, ...]],
+    in_sight: Sequence[tuple[Keyword, ...]],
     texts: Sequence[str],
     settings: Settings,
 ) -> list[Feature]:
@@ -199,6 +207,7 @@ def _features(
                 cluster=-1,
                 x=0,
                 y=0,
+                keywords=in_sight[i],
             )
         )
     return features

@@ -76,6 +76,14 @@ class Effect(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     logit: float
 
 
+class Keyword(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A word and at how many hundredths of a feature's strongest tokens it is in sight: at the
+    token, or among the eight before."""
+
+    word: Annotated[str, Meta(max_length=64)]
+    share: Annotated[int, Meta(ge=0, le=100)]
+
+
 class Kin(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Another feature and how close it is, in hundredths."""
 
@@ -110,6 +118,7 @@ class Feature(msgspec.Struct, frozen=True):
     cluster: Annotated[int, Meta(ge=-1, le=MAX_FEATURES)]
     x: Annotated[int, Meta(ge=0, le=1000)]
     y: Annotated[int, Meta(ge=0, le=1000)]
+    keywords: Annotated[tuple[Keyword, ...], Meta(max_length=64)] = ()
 
 
 class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -232,16 +241,25 @@ def digest_of(weights: Path) -> str:
 
 def _features(header: Header, lines: Iterator[bytes]) -> Iterator[Feature]:
     """Raises ``ValueError`` for a block whose lines are too few or do not go together."""
-    if header.version != VERSION or header.fields != Feature.__struct_fields__:
+    if not _readable(header):
         return
     types = get_type_hints(Feature, include_extras=True)
     decoders = [_column(types[name]) for name in header.fields]
     for _ in range(0, header.n_features, BLOCK):
         columns = [decoder.decode(next(lines, b"")) for decoder in decoders]
         for values in zip(*columns, strict=True):
-            yield Feature(*values)
+            yield Feature(**dict(zip(header.fields, values, strict=True)))
     if next(lines, None) is not None:
         raise ValueError("more lines than features")
+
+
+def _readable(header: Header) -> bool:
+    """Its fields may be fewer where the others have defaults."""
+    fields = msgspec.structs.fields(Feature)
+    needed = {field.name for field in fields if field.default is msgspec.NODEFAULT}
+    given = set(header.fields)
+    known = needed <= given <= set(Feature.__struct_fields__)
+    return header.version == VERSION and known and len(given) == len(header.fields)
 
 
 def _column(kind: Any) -> msgspec.json.Decoder[list[Any]]:
@@ -250,7 +268,7 @@ def _column(kind: Any) -> msgspec.json.Decoder[list[Any]]:
 
 def _check(path: Path, header: Header, features: tuple[Feature, ...]) -> None:
     """What the types do not say."""
-    if header.version != VERSION or header.fields != Feature.__struct_fields__:
+    if not _readable(header):
         raise ModelError(
             f"{path.name} is of version {header.version}, not {VERSION}; describe it again"
         )

@@ -6,7 +6,7 @@ for a feature without a rule it names what the feature makes the model write.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fortpoint.features.understanding.index import Effect, Rule, Term
 from fortpoint.features.understanding.lexicon import Lexicon
@@ -45,9 +45,14 @@ def rule_of(fitted: Fitted, space: TermSpace, lexicon: Lexicon) -> Rule:
 
 
 def label_of(
-    rule: Rule | None, worth: Sequence[float], promoted: Iterable[Effect], lexicon: Lexicon
+    rule: Rule | None,
+    worth: Sequence[float],
+    promoted: Iterable[Effect],
+    lexicon: Lexicon,
+    examples: Mapping[Term, Sequence[str]],
 ) -> str:
-    """``worth`` says what each of the rule's terms does for it (``Fitted.worth``)."""
+    """``worth`` says what each of the rule's terms does for it (``Fitted.worth``); ``examples``
+    has words of the feature's own for terms that name a class."""
     if rule is None or not rule.terms:
         written = " / ".join(quoted(effect.token) for effect in list(promoted)[:3])
         return f"no pattern found; raises {written}" if written else "no pattern found"
@@ -56,7 +61,9 @@ def label_of(
     for form, kinds in _SLOTS:
         members = [(w, term) for w, term in told if term.kind in kinds][:_SHOWN]
         if members:
-            values = dict.fromkeys(spoken(term, lexicon) for _, term in members)
+            values = dict.fromkeys(
+                spoken(term, lexicon, examples.get(term, ())) for _, term in members
+            )
             slots.append((sum(w for w, _ in members), form.format(" / ".join(values))))
     slots.sort(key=lambda slot: -slot[0])
     return _joined([text for _, text in slots])
@@ -82,11 +89,12 @@ def _general(term: Term) -> bool:
     return one_letter or term.kind in _AS_WRITTEN
 
 
-def spoken(term: Term, lexicon: Lexicon) -> str:
+def spoken(term: Term, lexicon: Lexicon, examples: Sequence[str] = ()) -> str:
     """One term as a reader would say it."""
     kind = Kind(term.kind)
     if kind in _CLASSES:
-        return f"words like {lexicon.classes.names[int(term.value)]}"
+        shown = [_word(word, lexicon) for word in examples]
+        return f"words like {'/'.join(shown) or lexicon.classes.names[int(term.value)]}"
     if kind in _AS_WRITTEN:
         return term.value
     if kind in (Kind.ENDING, Kind.BEGINNING):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fortpoint.features.understanding import rules, scoring
+from fortpoint.features.understanding.examples import Examples
 from fortpoint.features.understanding.index import Effect, Rule
 from fortpoint.features.understanding.labels import label_of, rule_of
 from fortpoint.features.understanding.lexicon import Lexicon
@@ -53,6 +54,7 @@ def name_all(
     """``alike`` ``[n_features, n]`` are features of similar direction, for the hard cases."""
     space, study = _learned(survey.study, lexicon)
     unseen = _seen_with(survey.held_out, space, lexicon)
+    examples = Examples(survey.study.passages, study, lexicon)
     named = Named([], [], [])
     n_features = len(survey.counts)
     for feature in range(n_features):
@@ -61,7 +63,8 @@ def name_all(
         worth = [] if fitted is None else fitted.worth.tolist()
         label = DEAD
         if survey.counts[feature]:
-            label = label_of(rule, worth, promoted[feature], lexicon)
+            own = examples.of(feature, () if rule is None else rule.terms)
+            label = label_of(rule, worth, promoted[feature], lexicon, own)
         trial = scoring.trial(unseen, feature, alike[feature], settings.scoring)
         named.labels.append(label)
         named.rules.append(rule)

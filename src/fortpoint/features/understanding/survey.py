@@ -48,7 +48,7 @@ class Settings:
     n_tokens: int | None = None
     study_tokens: int = 500_000
     held_out_tokens: int = 300_000
-    n_leaders: int = 8
+    n_leaders: int = 32
 
 
 @dataclass(frozen=True, eq=False)
