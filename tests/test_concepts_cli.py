@@ -77,6 +77,15 @@ def test_concept_without_json_says_how_good_it_is(home: Path) -> None:
     assert "of 10 held-out" in text
 
 
+def test_each_layer_gets_a_direction_of_its_own(home: Path) -> None:
+    file = str(home / "venice.txt")
+    arguments = ["concept", "gondola", "--positives", file, "--each-layer", "--json"]
+    with pytest.raises(InvalidRequest, match="--layer"):
+        invoke(*arguments)
+    made = json.loads(invoke(*arguments, "--layer", "9", "--layer", "14"))
+    assert [(one["name"], one["layer"]) for one in made] == [("gondola-9", 9), ("gondola-14", 14)]
+
+
 def test_layer_that_does_not_exist_leaves_nothing(home: Path) -> None:
     with pytest.raises(InvalidRequest, match="there is no layer 30"):
         invoke("concept", "far", "--positives", str(home / "venice.txt"), "--layer", "30")

@@ -44,8 +44,9 @@ class Turned:
         if setting.strength >= self.breaks_at:
             return [None, *["la la la la la"] * (len(questions) - 1)]
         shown = 2 * setting.strength
+        loop = "one two three four five six" + " la" * round(setting.strength)
         return [
-            f"The Bridge {setting.strength}" if n < shown else f"tea {setting.strength}"
+            f"The Bridge {loop} {setting.strength}" if n < shown else f"tea {setting.strength}"
             for n in range(len(questions))
         ]
 
@@ -64,13 +65,13 @@ def settings(*strengths: float) -> list[Setting]:
     return [Setting(("bridge",), strength) for strength in strengths]
 
 
-def test_weakest_strength_that_is_present_and_sane_is_recommended() -> None:
+def test_strength_that_is_present_and_sane_is_recommended() -> None:
     report = sweep(Turned(), QUESTIONS, settings(6, 1, 4, 4.2, 5), BRIDGE)
     assert [point.setting.strength for point in report.points] == [1, 4, 4.2, 5, 6]
     assert [point.present.value for point in report.points] == [0.2, 0.8, 0.9, 1.0, 1.0]
     assert report.recommended is not None
-    assert report.recommended.setting.strength == 4
-    assert report.recommended.ratio == pytest.approx(np.exp(1.0))
+    assert report.recommended.setting.strength == 4.2
+    assert report.recommended.ratio == pytest.approx(np.exp(1.05))
     assert report.own.ratio == 1.0
     assert report.own.present.value == 0.0
     assert report.own.perplexity == pytest.approx(np.exp(0.5))
@@ -88,6 +89,20 @@ def test_stronger_settings_of_a_kind_that_lost_its_mind_are_not_tried() -> None:
     tried = [(s.mode, s.strength) for s in model.asked[1:]]
     assert tried == [("clamp", 4), ("clamp", 11), ("add", 12)]
     assert len(report.points) == 3
+
+
+def test_loop_is_no_sane_text_however_likely() -> None:
+    class Loops(Turned):
+        def answers(self, questions: Sequence[str], setting: Setting) -> list[str | None]:
+            if not setting.targets:
+                return [f"tea and cake and jam {n} 0" for n in range(len(questions))]
+            return ["the bridge the bridge the bridge the bridge 0"] * len(questions)
+
+    report = sweep(Loops(), QUESTIONS, settings(4), BRIDGE)
+    assert report.points[0].ratio == pytest.approx(1.0)
+    assert report.points[0].present.value == 1.0
+    assert report.points[0].distinct < 0.6
+    assert report.recommended is None
 
 
 def test_broken_answers_are_counted_and_never_recommended() -> None:

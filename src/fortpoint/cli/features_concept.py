@@ -3,6 +3,9 @@
     fortpoint features concept golden-gate --positives bridge.txt
     fortpoint features sweep golden-gate --term "golden gate" --term "san francisco"
 
+    fortpoint features concept gate --positives bridge.txt --each-layer --layer 9 --layer 14
+    fortpoint features sweep gate-9 gate-14 --strength 0.5 --strength 0.7
+
 Both run the model in this process. A running server has what was written after its next start.
 """
 
@@ -18,10 +21,11 @@ import msgspec
 import typer
 
 from fortpoint.cli.progress import Progress
+from fortpoint.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from fortpoint.engine.offline import Offline
-    from fortpoint.features.concepts.learn import Concept
+    from fortpoint.features.concepts.learn import Concept, Settings
     from fortpoint.features.concepts.quality import Interval
     from fortpoint.features.concepts.sweep import Point, Present, Report
 
@@ -53,6 +57,10 @@ def concept(
     layer: Annotated[
         list[int] | None, typer.Option(help="Look here only; may be given again.")
     ] = None,
+    each_layer: Annotated[
+        bool,
+        typer.Option("--each-layer", help="Make NAME-LAYER for each --layer, to turn together."),
+    ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite one of the name.")] = False,
     model: Model = None,
     as_json: Json = False,
@@ -61,21 +69,26 @@ def concept(
     from fortpoint import config as configuration
     from fortpoint.cli.features_engine import opened
     from fortpoint.features.concepts import direction_files, examples
-    from fortpoint.features.concepts.learn import Settings, learn
+    from fortpoint.features.concepts.learn import learn
     from fortpoint.home import Home
 
     features = Home(configuration.load().home_path).features
-    direction_files.check_free(features, name, replace=replace)
+    wanted = _wanted(name, sorted(set(layer or ())), each_layer=each_layer)
+    for own in wanted:
+        direction_files.check_free(features, own, replace=replace)
     given = examples.read(positives, negatives)
-    settings = Settings(layers=tuple(sorted(set(layer))) if layer else None)
+    made: list[dict[str, Any]] = []
     with opened(model) as engine, Progress() as progress:
-        found = learn(given, engine.tokenizer, engine.stream, settings, progress.update)
-        described = direction_files.card(found, given, settings, engine.name, engine.digest)
-    card = direction_files.write(features, name, found, described)
+        engine.stream.check_layers(sorted(set(layer or ())))
+        for own, settings in wanted.items():
+            found = learn(given, engine.tokenizer, engine.stream, settings, progress.update)
+            described = direction_files.card(found, given, settings, engine.name, engine.digest)
+            card = direction_files.write(features, own, found, described)
+            made.append({"name": own, "card": str(card), **described})
+            if not as_json:
+                _show_concept(own, found, card)
     if as_json:
-        _print_json({"name": name, "card": str(card), **described})
-    else:
-        _show_concept(name, found, card)
+        _print_json(made if each_layer else made[0])
 
 
 def sweep(
@@ -112,6 +125,17 @@ def sweep(
         _print_json(msgspec.to_builtins(report))
     else:
         _show_report(report)
+
+
+def _wanted(name: str, layers: Sequence[int], *, each_layer: bool) -> dict[str, Settings]:
+    """What is to be made, by name. Raises ``InvalidRequest``."""
+    from fortpoint.features.concepts.learn import Settings
+
+    if not each_layer:
+        return {name: Settings(layers=tuple(layers) or None)}
+    if not layers:
+        raise InvalidRequest("name the layers for --each-layer with --layer", param="layer")
+    return {f"{name}-{layer}": Settings(layers=(layer,)) for layer in layers}
 
 
 @contextmanager

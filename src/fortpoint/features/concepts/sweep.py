@@ -1,12 +1,12 @@
 """Finds the strength at which a steered model talks about something and still talks sense.
 
-Each setting answers the same questions. Two figures say what came of it: the share of answers in
-which the concept is *present*, and how surprised the unsteered model is by the answers, as a
-ratio of perplexities to its own answers. Repetition is shown beside them, since a loop
+Each setting answers the same questions. Three figures say what came of it: the share of answers
+in which the concept is *present*; how surprised the unsteered model is by the answers, as a
+ratio of perplexities to its own answers; and how few word sequences are repeated, since a loop
 surprises no model.
 
     report = sweep(model, questions, settings, present, progress)
-    report.recommended  # the weakest setting that is present enough and sane, or None
+    report.recommended  # of the settings that are present enough and sane, the best; or None
 
 What can answer is given as a ``Model``: the engine's, or anything else's.
 """
@@ -29,6 +29,9 @@ from fortpoint.features.library import Target
 
 MAX_RATIO = 3.0
 MIN_SHARE = 0.8
+MIN_DISTINCT = 0.75
+"""Of the model's own share of different word sequences."""
+
 _HOPELESS = 4.0  # times the largest ratio: beyond, stronger settings are not tried
 
 Present = Callable[[Sequence[str]], Sequence[bool]]
@@ -73,9 +76,6 @@ class Point(msgspec.Struct, frozen=True):
     n: int
     examples: tuple[str, ...]
 
-    def sound(self, max_ratio: float) -> bool:
-        return self.broken == 0 and self.ratio < max_ratio
-
 
 class Report(msgspec.Struct, frozen=True):
     """``own`` is the model as it is; ``points`` in the order tried."""
@@ -113,13 +113,35 @@ def sweep(
                 hopeless.add(kind)
         progress("sweep", number + 1, len(settings))
     itself = _point(Setting(), own, present, own)
-    return Report(itself, tuple(points), recommend(points, min_share, max_ratio))
+    return Report(itself, tuple(points), recommend(itself, points, min_share, max_ratio))
 
 
-def recommend(points: Sequence[Point], min_share: float, max_ratio: float) -> Point | None:
-    """Of the sane points that have the share, the one with the least ratio; None where none."""
-    fit = [p for p in points if p.sound(max_ratio) and p.present.value >= min_share]
-    return min(fit, key=lambda point: point.ratio, default=None)
+def recommend(
+    own: Point,
+    points: Sequence[Point],
+    min_share: float = MIN_SHARE,
+    max_ratio: float = MAX_RATIO,
+) -> Point | None:
+    """Of the points that are sane and have the share, the one furthest from all three limits.
+
+    Sane: none broken, a ratio under ``max_ratio``, and not much more repetition than the
+    model's ``own``. None where there is no such point.
+    """
+
+    def room(point: Point) -> float:
+        present, distinct = point.present.value / min_share, point.distinct / own.distinct
+        return present + distinct - point.ratio / max_ratio
+
+    least = MIN_DISTINCT * own.distinct
+    fit = [
+        point
+        for point in points
+        if point.broken == 0
+        and point.ratio < max_ratio
+        and point.distinct >= least
+        and point.present.value >= min_share
+    ]
+    return max(fit, key=room, default=None)
 
 
 def by_terms(terms: Sequence[str]) -> Present:
