@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fortpoint.features.understanding.clusters import cluster, names
+from fortpoint.features.understanding.cluster_names import names
+from fortpoint.features.understanding.clusters import cluster
 from fortpoint.features.understanding.effects import effects
 from fortpoint.features.understanding.incidence import Incidence
+from fortpoint.features.understanding.index import Context, Feature, Rule, Term
 from fortpoint.features.understanding.k_means import assign, k_means, unit_rows
 from fortpoint.features.understanding.neighbours import coactive, nearest, together
 from fortpoint.features.understanding.token_classes import TokenClasses
@@ -127,19 +129,29 @@ def test_clusters_of_hardly_any_live_features_are_one() -> None:
     assert found.n == 1
 
 
+def about(number: int, *words: str, kind: str = "word") -> Feature:
+    terms = tuple(Term(kind, word, 1.0) for word in words)
+    return feature(number, rule=Rule(0.0, terms), contexts=(Context((" of",), (100,), 0, 0),))
+
+
 def test_cluster_is_named_by_what_its_members_share() -> None:
-    from fortpoint.features.understanding.index import Context, Rule, Term
-
-    def about(number: int, *words: str) -> object:
-        terms = tuple(Term("word", word, 1.0) for word in words)
-        return feature(number, rule=Rule(0.0, terms), contexts=(Context((" of",), (100,), 0, 0),))
-
-    features = [about(i, "bridge", "fog" if i % 2 else "bay", f"w{i}x") for i in range(6)]
+    features = [about(i, "Bridge", "fog" if i % 2 else "bay", f"w{i}x") for i in range(6)]
     features += [about(6 + i, "flour", "oven" if i % 2 else "sugar", f"v{i}x") for i in range(6)]
-    found = names(features, np.repeat([0, 1], 6), 2)  # type: ignore[arg-type]
-    assert found[0].startswith("bridge")
+    found = names(features, np.repeat([0, 1], 6), 2)
+    assert found[0].startswith("Bridge")
     assert found[1].startswith("flour")
-    assert found[0] != found[1]
+    assert "w1x" not in found[0]
+
+
+def test_cluster_without_a_shared_word_is_named_by_the_sort_of_its_tokens() -> None:
+    features = [about(i, "inside a word", kind="place") for i in range(5)]
+    features += [about(5 + i, "flour") for i in range(5)]
+    assert names(features, np.repeat([0, 1], 5), 2) == ["inside a word", "flour"]
+
+
+def test_clusters_that_share_the_same_words_have_names_of_their_own() -> None:
+    features = [about(i) for i in range(4)]
+    assert names(features, np.array([0, 0, 1, -1]), 2) == ["unnamed", "unnamed (2)"]
 
 
 def test_k_means_gives_every_centre_a_point() -> None:

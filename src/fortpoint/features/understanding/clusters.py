@@ -5,22 +5,18 @@
 
 Two features are alike when their decoder rows point the same way and when they are active on
 the same tokens. Groups are found by spherical k-means on both; the map is t-SNE (van der Maaten
-2008) of the same vectors. Both depend on ``seed`` alone.
+2008) of the same vectors. Both depend on ``seed`` alone. ``cluster_names.py`` names them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fortpoint.features.understanding.index import Feature
 from fortpoint.features.understanding.k_means import assign, k_means, unit_rows
-from fortpoint.features.understanding.wording import words_of
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -31,7 +27,6 @@ Floats = NDArray[np.float32]
 MAP_SIZE = 1000
 _N_COMPONENTS = 48
 _TOGETHER_WEIGHT = 0.8
-_NAME_WORDS = 3
 _MIN_FEATURES = 8
 
 
@@ -74,54 +69,6 @@ def cluster(
     of_feature[alive] = renumbered[found]
     xy[alive] = _map(x, seed)
     return Clusters(of_feature, xy, int((sizes > 0).sum()))
-
-
-def names(features: Sequence[Feature], of_feature: Numbers, n: int) -> list[str]:
-    """A few words for each cluster: those that its labels and contexts have oftener than others'.
-
-    Scored by log-odds with the whole as prior (Monroe, Colaresi and Quinn 2008).
-    """
-    counts = [Counter[str]() for _ in range(n)]
-    for feature, own in zip(features, of_feature.tolist(), strict=True):
-        if own >= 0:
-            counts[own].update(_spoken(feature))
-    total = Counter[str]()
-    for each in counts:
-        total.update(each)
-    taken: set[str] = set()
-    found = []
-    for own in counts:
-        best = sorted(own, key=lambda word: (-_log_odds(word, own, total), word))
-        fresh = [word for word in best if own[word] > 1 or len(own) < 20]
-        name = " / ".join((fresh or best)[:_NAME_WORDS]) or "unnamed"
-        while name in taken:
-            name += " (other)"
-        taken.add(name)
-        found.append(name)
-    return found
-
-
-def _spoken(feature: Feature) -> set[str]:
-    """Words of one feature: what its rule names and what its strongest tokens spell."""
-    values = [term.value for term in feature.rule.terms[:6]] if feature.rule else []
-    peaks = [context.tokens[context.peak] for context in feature.contexts if context.level == 0]
-    return {
-        word
-        for text in (*values, *peaks)
-        for word in words_of(text)
-        if len(word) > 2 and not word.isdigit()
-    }
-
-
-def _log_odds(word: str, own: Counter[str], total: Counter[str]) -> float:
-    """z-score of the word's log-odds in ``own`` against all others."""
-    prior, prior_size = total[word], total.total()
-    n, m = own.total(), prior_size - own.total()
-    inside, outside = own[word] + 0.1 * prior, total[word] - own[word] + 0.1 * prior
-    odds = np.log(inside / (n + 0.1 * prior_size - inside)) - np.log(
-        outside / (m + 0.1 * prior_size - outside + 1e-9)
-    )
-    return float(odds / np.sqrt(1 / inside + 1 / outside))
 
 
 def _joint(decoder: Floats, together: csr_array[Any], totals: Numbers, seed: int) -> Floats:

@@ -19,7 +19,8 @@ from fortpoint.features.activations import ActivationStore
 from fortpoint.features.sae import Dictionary
 from fortpoint.features.understanding import naming
 from fortpoint.features.understanding import survey as surveying
-from fortpoint.features.understanding.clusters import Clusters, cluster, names
+from fortpoint.features.understanding.cluster_names import names
+from fortpoint.features.understanding.clusters import Clusters, cluster
 from fortpoint.features.understanding.contexts import choose, contexts
 from fortpoint.features.understanding.effects import Effects, effects
 from fortpoint.features.understanding.index import (
