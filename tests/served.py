@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -30,6 +30,7 @@ class Served:
     process: subprocess.Popen[str]
     said: list[str]
     reading: threading.Thread
+    clients: list[openai.OpenAI] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -48,9 +49,12 @@ class Served:
         return next(c for c in children if f"fortpoint.{name}" in " ".join(c.cmdline()))
 
     def client(self, key: str | None = None) -> openai.OpenAI:
-        return openai.OpenAI(
+        """Closed by ``stop``: left to the garbage collector, its socket is closed at any time."""
+        made = openai.OpenAI(
             base_url=f"{self.address}/v1", api_key=key or self.key, max_retries=0, timeout=60
         )
+        self.clients.append(made)
+        return made
 
 
 def start(home: Path) -> Served:
@@ -86,6 +90,8 @@ def is_ready(address: str) -> bool:
 
 
 def stop(served: Served) -> int:
+    for client in served.clients:
+        client.close()
     served.process.send_signal(signal.SIGINT)
     code = served.process.wait(timeout=30)
     served.reading.join(timeout=10)
