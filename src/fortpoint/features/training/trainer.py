@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from fortpoint.errors import ModelError
 from fortpoint.features.training import kernels
@@ -57,10 +58,20 @@ class Workers:
 
     def __init__(self, n_threads: int | None = None) -> None:
         self.n_threads = n_threads or os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(self.n_threads, "kernels")
+        # Each thread's own calls of torch stay in it: a pool of torch's beside this one would
+        # wait busily for its next work, on the cores that the kernels need.
+        self._pool = ThreadPoolExecutor(
+            self.n_threads, "kernels", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
-    def run(self, kernel: Callable[..., None], n: int, *arguments: Any) -> None:
-        n_chunks = self.n_threads * _CHUNKS_PER_THREAD
+    def run(
+        self,
+        kernel: Callable[..., None],
+        n: int,
+        *arguments: Any,
+        chunks_per_thread: int = _CHUNKS_PER_THREAD,
+    ) -> None:
+        n_chunks = self.n_threads * chunks_per_thread
         edges = np.linspace(0, n, n_chunks + 1).astype(int).tolist()
         futures = [
             self._pool.submit(kernel, *arguments, first, last)
@@ -107,7 +118,7 @@ class Trainer:
         self.n_done = 0
         self._reduce = reduce
         self._workers = Workers(n_threads)
-        torch.set_num_threads(self._workers.n_threads)
+        self._blas = ThreadpoolController()
         random = np.random.default_rng(settings.seed)
         rows = random.standard_normal((settings.d_sae, d_in), np.float32)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -132,6 +143,7 @@ class Trainer:
         self._errors = np.zeros((settings.batch, len(settings.ends), d_in), np.float32)
         self._losses = np.zeros(settings.batch, np.float32)
         self._rough_enc = torch.empty((settings.d_sae, d_in), dtype=torch.bfloat16)
+        self._rough_acts = torch.empty((settings.batch, settings.d_sae), dtype=torch.bfloat16)
 
     def begin(self, sample: Floats) -> None:
         """Put the decoder's bias at the geometric median of ``sample`` ``[n, d_in]``."""
@@ -139,6 +151,11 @@ class Trainer:
 
     def step(self, x: Floats) -> Metrics:
         """Learn from ``x`` ``[batch, d_in]``. Raises ``ModelError`` when it is not finite."""
+        # A thread of BLAS goes on waiting busily after its work, on a core that is needed.
+        with self._blas.limit(limits=1, user_api="blas"):
+            return self._step(x)
+
+    def _step(self, x: Floats) -> Metrics:
         parameters = self.parameters
         centred = np.ascontiguousarray(x - parameters["b_dec"], np.float32)
         self._find(centred)
@@ -209,12 +226,13 @@ class Trainer:
     # -- which features are active
 
     def _find(self, centred: Floats) -> None:
-        with torch.inference_mode():
-            self._rough_enc.copy_(torch.from_numpy(self.parameters["W_enc"]))
-            bias = torch.from_numpy(self.parameters["b_enc"]).bfloat16()
-            rows = torch.from_numpy(centred).bfloat16()
-            rough = torch.nn.functional.linear(rows, self._rough_enc, bias)
-            self._rough = rough.view(torch.int16).numpy()
+        W_enc, b_enc = (torch.from_numpy(self.parameters[name]) for name in ("W_enc", "b_enc"))
+        rough = self._rough_acts[: len(centred)]
+        run = self._workers.run
+        run(_narrow, len(W_enc), W_enc, self._rough_enc)
+        rows, bias = torch.from_numpy(centred), b_enc.bfloat16()
+        run(_encode, len(rows), rows, self._rough_enc, bias, rough, chunks_per_thread=1)
+        self._rough = rough.view(torch.int16).numpy()
         if self.settings.architecture == "topk":
             self._find_by_token()
         elif self.settings.architecture == "jumprelu":
@@ -377,6 +395,26 @@ class Trainer:
             numbers = (np.float32(rate), shrink, _BETAS, corrections, name == "W_dec")
             self._workers.run(kernels.adam, len(rows[0]), *rows, *numbers)
         np.maximum(self.parameters["threshold"], 1e-3, out=self.parameters["threshold"])
+
+
+def _narrow(wide: torch.Tensor, narrow: torch.Tensor, first: int, last: int) -> None:
+    """Rows ``first`` to ``last``, rounded."""
+    with torch.inference_mode():
+        narrow[first:last].copy_(wide[first:last])
+
+
+def _encode(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    first: int,
+    last: int,
+) -> None:
+    """``out`` becomes ``rows @ weights.T + bias`` in bfloat16, for rows ``first`` to ``last``."""
+    with torch.inference_mode():
+        some = rows[first:last].bfloat16()
+        torch.addmm(bias, some, weights.T, out=out[first:last])
 
 
 def geometric_median(x: Floats, n_iterations: int = 30) -> Floats:
