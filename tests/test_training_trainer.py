@@ -13,7 +13,7 @@ from fortpoint.errors import InvalidRequest, ModelError
 from fortpoint.features.training.batches import Scaling
 from fortpoint.features.training.export import calibrate, dictionary_of
 from fortpoint.features.training.settings import Settings
-from fortpoint.features.training.trainer import Trainer, code_of, geometric_median, value_of
+from fortpoint.features.training.trainer import Trainer, geometric_median
 
 BATCH, D_IN, D_SAE, K = 64, 24, 40, 5
 
@@ -229,15 +229,6 @@ def test_rate_warms_up_and_decays() -> None:
     assert rates[0] == pytest.approx(1e-4)
     assert rates[10:80] == [1e-3] * 70
     assert rates[99] == pytest.approx(1e-3 / 20)
-
-
-def test_code_of_rounds_down_and_keeps_the_order() -> None:
-    values = np.sort(np.random.default_rng(0).random(1000).astype(np.float32) * 9)
-    codes = code_of(values)
-    assert (np.diff(codes.astype(int)) >= 0).all()
-    assert all(
-        value_of(int(c)) <= v <= value_of(int(c) + 1) for c, v in zip(codes, values, strict=True)
-    )
 
 
 def test_geometric_median_is_not_moved_by_one_far_row() -> None:

@@ -6,7 +6,8 @@ exact activations are sums over few pairs of token and feature. Pairs lie by tok
 feature. Each function works on rows or features ``first`` to ``last``, so that threads share it
 out; none holds the interpreter's lock.
 
-Rough activations are bfloat16 taken as int16: for positive numbers the order is the same.
+Rough activations are products of bytes: ``sums`` int32 ``[n, d_sae]``, in units of both rows'
+scales. They only say where to look; what is kept is decided by the exact ones.
 """
 
 from __future__ import annotations
@@ -17,80 +18,145 @@ import numpy as np
 from numba import njit
 
 _FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}  # a value that is no number stays one
-_STEP_DOWN = 64  # of a bfloat16's code: a factor of about 0.7
+_STEP_DOWN = np.float32(0.85)
+_TINY = np.float32(1e-4)
 
 
-@njit(nogil=True)
-def find_over(
-    rough: Any, floors: Any, cols: Any, codes: Any, counts: Any, first: Any, last: Any
-) -> None:
-    """Features whose rough activation is over their floor (int16 ``[d_sae]``, at least 0)."""
+@njit(nogil=True, fastmath=_FAST)
+def quantise(rows: Any, quantised: Any, scales: Any, first: Any, last: Any) -> None:
+    """Rows in bytes: ``rows[i]`` is about ``scales[i] * quantised[i]``."""
     for i in range(first, last):
-        row, n = rough[i], 0
-        for f in range(len(floors)):
-            cols[i, n] = f
-            codes[i, n] = row[f]
-            n += row[f] > floors[f]
+        row, most = rows[i], np.float32(0.0)
+        for j in range(len(row)):
+            most = max(most, abs(row[j]))
+        inverse = np.float32(127.0) / max(most, np.float32(1e-30))
+        for j in range(len(row)):
+            quantised[i, j] = np.int8(np.rint(row[j] * inverse))
+        scales[i] = most / np.float32(127.0)
+
+
+@njit(nogil=True, fastmath=_FAST)
+def find_over(
+    sums: Any,
+    scales: Any,
+    own_scales: Any,
+    lifts: Any,
+    cols: Any,
+    counts: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """Features whose rough activation is over their floor; ``lifts`` ``[d_sae]`` are the
+    encoder's bias less the floor, ``scales`` are the rows' and ``own_scales`` the features'."""
+    flags = _flags(len(own_scales))
+    for i in range(first, last):
+        counts[i] = _over(sums[i], scales[i], own_scales, lifts, np.float32(0.0), flags, cols[i])
+
+
+@njit(nogil=True, fastmath=_FAST)
+def find_most(
+    sums: Any,
+    scales: Any,
+    own_scales: Any,
+    bias: Any,
+    least: Any,
+    floor: Any,
+    cols: Any,
+    counts: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """In each row the ``least`` largest rough activations, if so many are positive; ``floor`` is
+    a guess below them."""
+    flags = _flags(len(own_scales))
+    for i in range(first, last):
+        row, scale, lowest, n = sums[i], scales[i], floor, 0
+        while True:
+            n = _over(row, scale, own_scales, bias, lowest, flags, cols[i])
+            if n >= least or lowest <= 0:
+                break
+            lowest = lowest * _STEP_DOWN if lowest > _TINY else np.float32(0.0)
+        if n > least:
+            rough = np.empty(n, np.float32)
+            for p in range(n):
+                f = cols[i, p]
+                rough[p] = row[f] * own_scales[f] * scale + bias[f]
+            limit, n_found = np.partition(rough, n - least)[n - least], n
+            n = 0
+            for p in range(n_found):
+                cols[i, n] = cols[i, p]
+                n += rough[p] >= limit
         counts[i] = n
 
 
+@njit(nogil=True, fastmath=_FAST)
+def _over(
+    sums: Any, scale: Any, own_scales: Any, lifts: Any, floor: Any, flags: Any, cols: Any
+) -> Any:
+    """Few features are over it: they are flagged, then looked for eight at a time."""
+    width = len(own_scales)
+    for f in range(width):
+        flags[f] = sums[f] * own_scales[f] * scale + lifts[f] > floor
+    n, eights = 0, flags.view(np.uint64)
+    for e in range(len(eights)):
+        if eights[e]:
+            for f in range(8 * e, min(8 * e + 8, width)):
+                cols[n] = f
+                n += flags[f]
+    return n
+
+
+@njit
+def _flags(width: Any) -> Any:
+    return np.zeros((width + 7) // 8 * 8, np.uint8)
+
+
 @njit(nogil=True)
-def find_largest(
-    rough: Any, k: Any, floor: Any, cols: Any, codes: Any, counts: Any, first: Any, last: Any
-) -> None:
-    """The ``k`` largest positive rough activations of each row; ``floor`` is a guess below."""
-    width = rough.shape[1]
+def keep_largest(k: Any, cols: Any, values: Any, counts: Any, first: Any, last: Any) -> None:
+    """The ``k`` largest pairs of each row."""
     for i in range(first, last):
-        row, lowest, n = rough[i], floor, 0
-        while True:
-            n = 0
-            for f in range(width):
-                cols[i, n] = f
-                codes[i, n] = row[f]
-                n += row[f] > lowest
-            if n >= k or lowest <= 0:
-                break
-            lowest = max(lowest - _STEP_DOWN, 0)
-        counts[i] = _keep_largest(cols[i], codes[i], n, k)
-
-
-@njit(nogil=True)
-def _keep_largest(cols: Any, codes: Any, n: Any, k: Any) -> Any:
-    if n <= k:
-        return n
-    limit = np.partition(codes[:n], n - k)[n - k]
-    ties = k
-    for p in range(n):
-        ties -= codes[p] > limit
-    kept = 0
-    for p in range(n):
-        over, tied = codes[p] > limit, codes[p] == limit and ties > 0
-        if over or tied:
-            ties -= tied
-            cols[kept] = cols[p]
-            codes[kept] = codes[p]
-            kept += 1
-    return kept
-
-
-@njit(nogil=True)
-def keep_from(limit: Any, cols: Any, codes: Any, counts: Any, first: Any, last: Any) -> None:
-    """Drop pairs whose code is below ``limit``."""
-    for i in range(first, last):
+        n = counts[i]
+        if n <= k:
+            continue
+        row = values[i]
+        limit = np.partition(row[:n], n - k)[n - k]
+        ties = k
+        for p in range(n):
+            ties -= row[p] > limit
         kept = 0
-        for p in range(counts[i]):
-            cols[i, kept] = cols[i, p]
-            codes[i, kept] = codes[i, p]
-            kept += codes[i, p] >= limit
+        for p in range(n):
+            over, tied = row[p] > limit, row[p] == limit and ties > 0
+            if over or tied:
+                ties -= tied
+                cols[i, kept] = cols[i, p]
+                row[kept] = row[p]
+                kept += 1
         counts[i] = kept
 
 
 @njit(nogil=True)
-def histogram(codes: Any, counts: Any, bins: Any) -> None:
-    """How many pairs have each code; ``bins`` int64 ``[32768]``, zeroed."""
+def keep_from(limit: Any, cols: Any, values: Any, counts: Any, first: Any, last: Any) -> None:
+    """Drop pairs whose activation is below ``limit``."""
+    for i in range(first, last):
+        kept = 0
+        for p in range(counts[i]):
+            cols[i, kept] = cols[i, p]
+            values[i, kept] = values[i, p]
+            kept += values[i, p] >= limit
+        counts[i] = kept
+
+
+@njit(nogil=True)
+def histogram(bits: Any, counts: Any, above: Any, bins: Any) -> None:
+    """How many pairs have each upper half of the bits of their float32, which for numbers that
+    are not negative has their order; with ``above`` 0 or more, of those pairs that have this
+    upper half, each lower one (less its last bit). ``bins`` int64 ``[32768]``, zeroed."""
     for i in range(len(counts)):
         for p in range(counts[i]):
-            bins[codes[i, p]] += 1
+            if above < 0:
+                bins[bits[i, p] >> 16] += 1
+            elif bits[i, p] >> 16 == above:
+                bins[(bits[i, p] & 0xFFFF) >> 1] += 1
 
 
 @njit(nogil=True, fastmath=_FAST)
@@ -209,18 +275,20 @@ def gradients(
     g_enc: Any,
     g_dec: Any,
     g_bias: Any,
+    hits: Any,
     first: Any,
     last: Any,
 ) -> None:
     """Of the loss, ``scale`` times the sum over rows: by encoder, decoder and encoder bias.
 
-    A pair whose activation is 0 adds nothing, as through a ReLU.
+    A pair whose activation is 0 adds nothing, as through a ReLU; ``hits`` ``[d_sae]`` becomes
+    how many pairs of a feature have more.
     """
     g = 0
     for f in range(first, last):
         while f >= ends[g]:
             g += 1
-        to_enc, to_dec, to_bias = g_enc[f], g_dec[f], np.float32(0.0)
+        to_enc, to_dec, to_bias, n_hits = g_enc[f], g_dec[f], np.float32(0.0), 0
         for j in range(len(to_enc)):
             to_enc[j] = np.float32(0.0)
             to_dec[j] = np.float32(0.0)
@@ -233,7 +301,9 @@ def gradients(
                 to_enc[j] += slope * row[j]
                 to_dec[j] += value * error[j]
             to_bias += slope
+            n_hits += value > 0
         g_bias[f] = to_bias
+        hits[f] = n_hits
 
 
 @njit(nogil=True, fastmath=_FAST)

@@ -20,7 +20,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ``k`` is how many features are active at a token: each token's own (``topk``), or on average
     (``batchtopk``, ``matryoshka``; for ``jumprelu`` the goal of its sparsity loss).
     ``learning_rate`` 0 means ``2e-4 / sqrt(d_sae / 2**14)``, as Gao et al. (arXiv 2406.04093)
-    scale it. A feature that was not active for ``dead_after`` tokens gets the auxiliary loss.
+    scale it. Gradients, of the mean squared error, are shortened to a norm of ``clip``: so low
+    that the first and largest do not fill Adam's second moment. A feature that was not active
+    for ``dead_after`` tokens gets the auxiliary loss.
     ``prefixes`` are Matryoshka's nested sizes; the whole dictionary is added to them.
     """
 
@@ -32,7 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     learning_rate: Annotated[float, Meta(ge=0, le=1)] = 0.0
     warmup_steps: Annotated[int, Meta(ge=0)] = 1000
     decay_share: Annotated[float, Meta(ge=0, le=1)] = 0.2
-    clip: Annotated[float, Meta(gt=0)] = 1.0
+    clip: Annotated[float, Meta(gt=0)] = 0.01
     dead_after: Annotated[int, Meta(ge=1)] = 200_000
     auxiliary: Annotated[float, Meta(ge=0, le=1)] = 1 / 32
     prefixes: tuple[Annotated[int, Meta(ge=1)], ...] = ()

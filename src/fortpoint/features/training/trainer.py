@@ -1,7 +1,7 @@
 """One step of learning a dictionary of features, and the state that it changes.
 
-The encoder's product runs in bfloat16 and only says which features are active; the activations
-of these few, the reconstruction and all gradients are float32 sums over the active pairs
+The encoder's product runs in bytes and only says where to look; the activations of what it
+finds, the choice among them, the reconstruction and all gradients are float32, over few pairs
 (``kernels.py``). So a step costs little more than the product.
 
     trainer = Trainer(settings, d_in=576, n_steps=5000)
@@ -38,7 +38,9 @@ Reduce = Callable[[Sequence[Floats]], None]
 _BETAS = np.array([0.9, 0.999], np.float32)
 _CHUNKS_PER_THREAD = 4
 _MAX_DEAD_AT_ONCE = 512
-_FLOOR_STEP = 40  # of a bfloat16's code: the guess stays a third below the last limit
+_SPARE = 1.35  # candidates for one that is kept: the rough order is not the exact one
+_BELOW = np.float32(0.93)  # the guess, of what the last batch would have needed
+_ROUGHLY = np.float32(0.97)
 _MATRICES = ("W_enc", "W_dec")
 _VECTORS = ("b_enc", "b_dec", "threshold")
 
@@ -90,7 +92,6 @@ class Pairs:
 
     def __init__(self, batch: int, d_sae: int) -> None:
         self.cols = np.empty((batch, d_sae), np.int32)
-        self.codes = np.empty((batch, d_sae), np.int16)
         self.values = np.zeros((batch, d_sae), np.float32)
         self.slopes = np.zeros((batch, d_sae), np.float32)
         self.counts = np.zeros(batch, np.int64)
@@ -100,6 +101,31 @@ class Pairs:
         """``[n, most]``: which places hold a pair."""
         mask: NDArray[np.bool_] = np.arange(self.counts.max(initial=0)) < self.counts[:, None]
         return mask
+
+
+class Rough:
+    """A batch's activations as products of bytes, in room that is used again."""
+
+    def __init__(self, batch: int, d_sae: int, d_in: int) -> None:
+        self.sums = np.empty((batch, d_sae), np.int32)
+        self.row_scales = np.empty(batch, np.float32)
+        self.own_scales = np.empty(d_sae, np.float32)
+        self._rows = np.empty((batch, d_in), np.int8)
+        self._weights = np.empty((d_sae, d_in), np.int8)
+
+    def fill(self, x: Floats, W_enc: Floats, workers: Workers) -> None:
+        workers.run(kernels.quantise, len(W_enc), W_enc, self._weights, self.own_scales)
+        workers.run(kernels.quantise, len(x), x, self._rows, self.row_scales)
+        tensors = (torch.from_numpy(own) for own in (self._rows, self._weights, self.sums))
+        workers.run(_multiply, len(x), *tensors, chunks_per_thread=1)
+
+
+def _multiply(
+    rows: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor, first: int, last: int
+) -> None:
+    """``sums`` becomes ``rows @ weights.T`` for rows ``first`` to ``last``."""
+    with torch.inference_mode():
+        torch._int_mm(rows[first:last], weights.T, out=sums[first:last])
 
 
 class Trainer:
@@ -135,15 +161,15 @@ class Trainer:
             for kind in ("mean", "square")
         }
         self._idle = np.zeros(settings.d_sae, np.int64)  # tokens since a feature was active
+        self._hits = np.zeros(settings.d_sae, np.int64)
         self._limit = 0.0  # activations below it are not among the k largest of a batch
-        self._floor = 0
+        self._floor = np.float32(0.0)
         self._pairs = Pairs(settings.batch, settings.d_sae)
         self._gradients = {name: np.zeros_like(v) for name, v in self.parameters.items()}
         self._ends = np.array(settings.ends, np.int64)
         self._errors = np.zeros((settings.batch, len(settings.ends), d_in), np.float32)
         self._losses = np.zeros(settings.batch, np.float32)
-        self._rough_enc = torch.empty((settings.d_sae, d_in), dtype=torch.bfloat16)
-        self._rough_acts = torch.empty((settings.batch, settings.d_sae), dtype=torch.bfloat16)
+        self._rough = Rough(settings.batch, settings.d_sae, d_in)
 
     def begin(self, sample: Floats) -> None:
         """Put the decoder's bias at the geometric median of ``sample`` ``[n, d_in]``."""
@@ -161,16 +187,6 @@ class Trainer:
         self._find(centred)
         pairs, run = self._pairs, self._workers.run
         n = len(x)
-        run(
-            kernels.exact,
-            n,
-            centred,
-            parameters["W_enc"],
-            parameters["b_enc"],
-            pairs.cols,
-            pairs.counts,
-            pairs.values,
-        )
         near = self._gate() if self.settings.architecture == "jumprelu" else None
         run(
             kernels.decode,
@@ -218,7 +234,7 @@ class Trainer:
             value[:] = state[name]
         self._idle[:] = state["idle"].astype(np.int64)
         n_done, self._limit, floor = state["numbers"].tolist()
-        self.n_done, self._floor = int(n_done), int(floor)
+        self.n_done, self._floor = int(n_done), np.float32(floor)
 
     def close(self) -> None:
         self._workers.close()
@@ -226,61 +242,77 @@ class Trainer:
     # -- which features are active
 
     def _find(self, centred: Floats) -> None:
-        W_enc, b_enc = (torch.from_numpy(self.parameters[name]) for name in ("W_enc", "b_enc"))
-        rough = self._rough_acts[: len(centred)]
-        run = self._workers.run
-        run(_narrow, len(W_enc), W_enc, self._rough_enc)
-        rows, bias = torch.from_numpy(centred), b_enc.bfloat16()
-        run(_encode, len(rows), rows, self._rough_enc, bias, rough, chunks_per_thread=1)
-        self._rough = rough.view(torch.int16).numpy()
+        """The batch's pairs, with their exact activations."""
+        self._rough.fill(centred, self.parameters["W_enc"], self._workers)
         if self.settings.architecture == "topk":
-            self._find_by_token()
+            self._find_by_token(centred)
         elif self.settings.architecture == "jumprelu":
             lowest = self.parameters["threshold"] - np.float32(self.settings.bandwidth / 2)
-            self._find_over(code_of(np.maximum(lowest * np.float32(0.99), 0)))
+            self._find_over(np.maximum(lowest * _ROUGHLY, 0), centred)
         else:
-            self._find_by_batch()
+            self._find_by_batch(centred)
 
-    def _find_over(self, floors: NDArray[np.int16]) -> None:
-        pairs, n = self._pairs, len(self._rough)
+    def _find_over(self, floors: Floats, centred: Floats) -> None:
+        pairs, rough, lifts = self._pairs, self._rough, self.parameters["b_enc"] - floors
         self._workers.run(
-            kernels.find_over, n, self._rough, floors, pairs.cols, pairs.codes, pairs.counts
+            kernels.find_over,
+            len(centred),
+            *(rough.sums, rough.row_scales, rough.own_scales, lifts),
+            *(pairs.cols, pairs.counts),
         )
+        self._weigh(centred)
 
-    def _find_by_token(self) -> None:
-        pairs, k = self._pairs, self.settings.k
+    def _weigh(self, centred: Floats) -> None:
+        """The exact activations of what was found."""
+        pairs, W_enc, b_enc = self._pairs, self.parameters["W_enc"], self.parameters["b_enc"]
+        arguments = (centred, W_enc, b_enc, pairs.cols, pairs.counts, pairs.values)
+        self._workers.run(kernels.exact, len(centred), *arguments)
+
+    def _find_by_token(self, centred: Floats) -> None:
+        pairs, rough, k, n = self._pairs, self._rough, self.settings.k, len(centred)
         self._workers.run(
-            kernels.find_largest,
-            len(self._rough),
-            self._rough,
-            k,
-            self._floor,
-            pairs.cols,
-            pairs.codes,
-            pairs.counts,
+            kernels.find_most,
+            n,
+            *(rough.sums, rough.row_scales, rough.own_scales, self.parameters["b_enc"]),
+            *(int(_SPARE * k), self._floor, pairs.cols, pairs.counts),
         )
-        full = pairs.counts == k
-        smallest = pairs.codes[:, :k][full].min(axis=1) if full.any() else np.zeros(1, np.int16)
-        # Most rows find their k at once from a guess that few rows' own limit is below.
-        self._floor = max(int(np.percentile(smallest, 20)) - _FLOOR_STEP // 4, 0)
+        self._weigh(centred)
+        self._workers.run(kernels.keep_largest, n, k, pairs.cols, pairs.values, pairs.counts)
+        full = pairs.counts[:n] == k
+        if full.any():
+            # Most rows find enough at once from a guess that few rows' own limit is below.
+            smallest = np.percentile(pairs.values[:n, :k][full].min(axis=1), 20)
+            self._floor = np.float32(smallest) * _BELOW
 
-    def _find_by_batch(self) -> None:
-        pairs, wanted = self._pairs, self.settings.k * len(self._rough)
+    def _find_by_batch(self, centred: Floats) -> None:
+        pairs, n = self._pairs, len(centred)
+        wanted = self.settings.k * n
         while True:
-            floors = np.full(self.settings.d_sae, self._floor, np.int16)
-            self._find_over(floors)
-            if pairs.counts.sum() >= wanted or self._floor == 0:
+            self._find_over(np.full(self.settings.d_sae, self._floor, np.float32), centred)
+            found = int(pairs.counts[:n].sum())
+            if found >= _SPARE * wanted or self._floor == 0:
                 break
-            self._floor = max(self._floor - 2 * _FLOOR_STEP, 0)
-        bins = np.zeros(1 << 15, np.int64)
-        kernels.histogram(pairs.codes, pairs.counts, bins)
-        above = np.cumsum(bins[::-1])[::-1]  # pairs whose code is at least this one
-        limit = max(int(np.searchsorted(-above, -wanted, side="right")) - 1, 1)
-        n = len(self._rough)
-        self._workers.run(kernels.keep_from, n, limit, pairs.cols, pairs.codes, pairs.counts)
-        self._floor = max(limit - _FLOOR_STEP, 0)
-        smallest = value_of(limit)
+            self._floor = self._floor * _BELOW if self._floor > 1e-4 else np.float32(0.0)
+        limit = self._largest(wanted, n)
+        self._floor = np.float32(self._largest(int(_SPARE * wanted), n)) * _BELOW
+        self._workers.run(kernels.keep_from, n, limit, pairs.cols, pairs.values, pairs.counts)
+        smallest = float(limit)
         self._limit = smallest if self.n_done == 0 else 0.99 * self._limit + 0.01 * smallest
+
+    def _largest(self, wanted: int, n: int) -> np.float32:
+        """Of the pairs in the batch's ``n`` rows, how active the last of so many is; the least
+        number over 0 where there are fewer."""
+        bits, counts, upper = self._pairs.values.view(np.uint32), self._pairs.counts[:n], -1
+        for _ in range(2):
+            bins = np.zeros(1 << 15, np.int64)
+            kernels.histogram(bits, counts, upper, bins)
+            larger = np.cumsum(bins[::-1])[::-1]  # pairs with this code or more
+            code = max(int(np.searchsorted(-larger, -wanted, side="right")) - 1, 0)
+            if upper >= 0:
+                break
+            wanted -= int(larger[code + 1]) if code + 1 < len(larger) else 0
+            upper = code
+        return np.array([max(upper << 16 | code << 1, 1)], np.uint32).view(np.float32)[0]
 
     def _gate(self) -> NDArray[np.bool_]:
         """Set to 0 what is not over its feature's threshold; which pairs lie near theirs."""
@@ -317,6 +349,7 @@ class Trainer:
             gradients["W_enc"],
             gradients["W_dec"],
             gradients["b_enc"],
+            self._hits,
         )
         errors = self._errors[: len(centred), 0]
         gradients["b_dec"][:] = errors.sum(axis=0) * scale
@@ -324,11 +357,9 @@ class Trainer:
         gradients["threshold"][:] = 0
         if near is not None:
             self._threshold_gradient(near, scale)
-        used = pairs.used
-        active = used & (pairs.values[:, : used.shape[1]] > 0)
-        self._l0 = float(active.sum()) / len(centred)
+        self._l0 = float(self._hits.sum()) / len(centred)
         self._idle += len(centred)
-        self._idle[pairs.cols[:, : used.shape[1]][active]] = 0
+        self._idle[self._hits > 0] = 0
 
     def _threshold_gradient(self, near: NDArray[np.bool_], scale: np.float32) -> None:
         """Straight through a rectangle of ``bandwidth`` (arXiv 2407.14435, eqs. 11 and 12)."""
@@ -397,26 +428,6 @@ class Trainer:
         np.maximum(self.parameters["threshold"], 1e-3, out=self.parameters["threshold"])
 
 
-def _narrow(wide: torch.Tensor, narrow: torch.Tensor, first: int, last: int) -> None:
-    """Rows ``first`` to ``last``, rounded."""
-    with torch.inference_mode():
-        narrow[first:last].copy_(wide[first:last])
-
-
-def _encode(
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    bias: torch.Tensor,
-    out: torch.Tensor,
-    first: int,
-    last: int,
-) -> None:
-    """``out`` becomes ``rows @ weights.T + bias`` in bfloat16, for rows ``first`` to ``last``."""
-    with torch.inference_mode():
-        some = rows[first:last].bfloat16()
-        torch.addmm(bias, some, weights.T, out=out[first:last])
-
-
 def geometric_median(x: Floats, n_iterations: int = 30) -> Floats:
     """The point whose summed distance to the rows of ``x`` is least (Weiszfeld's iteration)."""
     median = x.mean(axis=0, dtype=np.float64)
@@ -424,13 +435,3 @@ def geometric_median(x: Floats, n_iterations: int = 30) -> Floats:
         weights = 1 / np.maximum(np.linalg.norm(x - median, axis=1), 1e-6)
         median = (x * weights[:, None]).sum(axis=0) / weights.sum()
     return np.asarray(median, np.float32)
-
-
-def code_of(values: Floats) -> NDArray[np.int16]:
-    """Numbers that are not negative as int16 codes of bfloat16, rounded down."""
-    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.int16)
-
-
-def value_of(code: int) -> float:
-    """The number of a bfloat16 code."""
-    return float(np.array([code << 16], np.uint32).view(np.float32)[0])
