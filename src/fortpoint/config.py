@@ -249,6 +249,24 @@ class Audit(_Section, frozen=True, kw_only=True):
     ] = False
 
 
+class Vault(_Section, frozen=True, kw_only=True):
+    """Sealed weights, and the key that opens them."""
+
+    key: Annotated[
+        str,
+        Meta(
+            description="What wraps models' keys, never a key itself: `passphrase-file:/path`, "
+            "`keyring`, or `transit:https://host:8200/v1/transit/keys/NAME` (HashiCorp Vault)."
+        ),
+    ] = ""
+    transit_token: Annotated[
+        str, Meta(description="Where the token for transit is: `env:NAME` or `file:/path`.")
+    ] = "env:VAULT_TOKEN"  # noqa: S105 - where it is, not what
+    plain_export: Annotated[
+        bool, Meta(description="Let a sealed model's weights be written out, marked for a lease.")
+    ] = False
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The whole tree. ``home`` holds all state: database, models, keys of the log."""
 
@@ -260,6 +278,7 @@ class Config(_Section, frozen=True, kw_only=True):
     extraction: Extraction = Extraction()
     watch: Watch = Watch()
     audit: Audit = Audit()
+    vault: Vault = Vault()
 
     @property
     def home_path(self) -> Path:

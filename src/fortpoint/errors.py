@@ -13,6 +13,7 @@ secret, a path of the host, or another caller's text.
     ├── ContentBlocked            400 content_filter
     ├── Unauthenticated           401 invalid_api_key
     ├── Forbidden                 403 forbidden
+    │   └── LeaseRefused          403 lease_refused         (no lease for this model, host and time)
     ├── NotFound                  404 not_found
     │   └── ModelNotFound         404 model_not_found
     ├── PayloadTooLarge           413 payload_too_large
@@ -29,7 +30,9 @@ secret, a path of the host, or another caller's text.
     ├── ConfigError               (terminal) config_invalid
     ├── HomeInUse                 (terminal) home_in_use
     ├── ModelError                (terminal) model_invalid
-    │   └── DigestMismatch        (terminal) digest_mismatch
+    │   ├── DigestMismatch        (terminal) digest_mismatch
+    │   └── SealBroken            (terminal) seal_broken    (another key, or bytes were changed)
+    ├── KeyUnavailable            503 key_unavailable       (a key cannot be read or asked for now)
     ├── SandboxError              (terminal) sandbox_failed
     └── VerificationError         (terminal) verification_failed
 """
@@ -94,6 +97,10 @@ class Forbidden(FortPointError):
     code = "forbidden"
     status = 403
     type = "permission_error"
+
+
+class LeaseRefused(Forbidden):
+    code = "lease_refused"
 
 
 class NotFound(FortPointError):
@@ -179,6 +186,15 @@ class ModelError(FortPointError):
 
 class DigestMismatch(ModelError):
     code = "digest_mismatch"
+
+
+class SealBroken(ModelError):
+    code = "seal_broken"
+
+
+class KeyUnavailable(FortPointError):
+    code = "key_unavailable"
+    status = 503
 
 
 class SandboxError(FortPointError):

@@ -7,6 +7,7 @@ home/
     keys/            what signs the record
     models/          weights (only the engine process reads them)
     run/             sockets of running processes
+    sealed/          models whose files are encrypted, with their wrapped keys
     serve.lock       held, and naming its process, while a server runs
 """
 

@@ -12,7 +12,7 @@ import sys
 import typer
 
 import fortpoint
-from fortpoint.cli import audit, doctor, features, guard, key, model, preset, serve, steer
+from fortpoint.cli import audit, doctor, features, guard, key, model, preset, serve, steer, vault
 from fortpoint.errors import FortPointError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.add_typer(features.app, name="features")
 app.command("steer")(steer.steer)
 app.add_typer(preset.app, name="preset")
 app.add_typer(guard.app, name="guard")
+app.add_typer(vault.app, name="vault")
 app.add_typer(audit.app, name="audit")
 app.command("doctor")(doctor.doctor)
 

@@ -63,7 +63,7 @@ def model_path(home: Path, name: str) -> Path:
 def list_models(home: Path) -> Iterator[ModelFolder]:
     """Every model of this home, by name, without reading the weights."""
     for manifest in sorted(models_dir(home).glob(f"*/{MANIFEST}")):
-        yield ModelFolder(manifest.parent, _read_manifest(manifest.parent))
+        yield ModelFolder(manifest.parent, read_manifest(manifest.parent))
 
 
 def open_model(path: Path) -> ModelFolder:
@@ -71,7 +71,7 @@ def open_model(path: Path) -> ModelFolder:
 
     Raises ``ModelError`` when it is absent or malformed, ``DigestMismatch`` when a byte differs.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, expected in manifest.files.items():
         if Path(name).name != name:
             raise ModelError(f"the manifest of {path.name} names a file outside its folder")
@@ -107,7 +107,8 @@ def sha256_of(file: Path) -> str:
         raise ModelError(f"cannot read {file.name}: {error.strerror}") from None
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """What the folder says it is. Raises ``ModelError`` for no manifest or a damaged one."""
     try:
         return msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
     except FileNotFoundError:
