@@ -29,6 +29,7 @@ class ProbeCard(msgspec.Struct, frozen=True):
     normalise: str
     probes: tuple[str, ...]
     layers: tuple[int, ...]
+    digest: str = ""
 
 
 class LinearProbes:
@@ -48,8 +49,11 @@ class LinearProbes:
         self._b = b.astype(np.float32)
 
     @classmethod
-    def load(cls, stem: Path, d_model: int, n_layers: int) -> LinearProbes:
-        """``stem.json`` and ``stem.safetensors``. Raises ``ModelError`` for another model's."""
+    def load(cls, stem: Path, d_model: int, n_layers: int, digest: str = "") -> LinearProbes:
+        """``stem.json`` and ``stem.safetensors``. Raises ``ModelError`` for another model's.
+
+        ``digest`` is that of the model that is read; a file that names another is refused.
+        """
         try:
             card = msgspec.json.decode(stem.with_suffix(".json").read_bytes(), type=ProbeCard)
             tensors = load_file(stem.with_suffix(".safetensors"))
@@ -59,6 +63,11 @@ class LinearProbes:
         fits = tensors["W"].shape[2] == d_model and probes.last_layer < n_layers
         if not fits or (card.hook, card.normalise) != ("resid_post", "rms"):
             raise ModelError("the linear probes were made for another model")
+        if digest and card.digest and digest != card.digest:
+            raise ModelError(
+                f"the linear probes were made for {card.model} ({card.digest}), this model is "
+                f"{digest}; train them anew with `fortpoint guard train` or serve that model"
+            )
         return probes
 
     @classmethod

@@ -144,7 +144,7 @@ class _Engine:
         library = _library(spec, folder, model)
         adapters = _adapters(spec, folder, model)
         targets = TargetReader.load(spec.targets, library)
-        taps = Taps(library, _probes(spec, model), targets)
+        taps = Taps(library, _probes(spec, folder, model), targets)
         tokenizer = ChatTokenizer.load(folder.path)
         grammars = _grammars(folder.path, model, tokenizer)
         scheduler = Scheduler(
@@ -195,12 +195,13 @@ class _Engine:
         )
 
 
-def _probes(spec: EngineSpec, model: Model) -> LinearProbes:
+def _probes(spec: EngineSpec, folder: ModelFolder, model: Model) -> LinearProbes:
     from fortpoint.engine.linear_probe import LinearProbes
 
     if spec.probes is None:
         return LinearProbes.none(model.d_model)
-    return LinearProbes.load(Path(spec.probes), model.d_model, model.n_layers)
+    digest = folder.manifest.digest
+    return LinearProbes.load(Path(spec.probes), model.d_model, model.n_layers, digest)
 
 
 def _library(spec: EngineSpec, folder: ModelFolder, model: Model) -> Library:

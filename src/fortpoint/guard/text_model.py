@@ -138,11 +138,15 @@ def windows(n_bytes: int, scales: Sequence[tuple[int, int]] = SCALES) -> list[tu
 
 @dataclass(frozen=True)
 class TextModel:
-    """``table`` is [n_buckets, n_detectors], ``bias`` [n_detectors]."""
+    """``table`` is [n_buckets, n_detectors], ``bias`` [n_detectors].
+
+    A table of int8 is kept as it is, with a ``scale`` [n_detectors] that its sums are taken by.
+    """
 
     detectors: tuple[str, ...]
-    table: Float32
+    table: Float32 | NDArray[np.int8]
     bias: Float32
+    scale: Float32 | None = None
 
     @classmethod
     def load(cls, file: Path) -> TextModel:
@@ -150,14 +154,21 @@ class TextModel:
         try:
             with safe_open(file, framework="numpy") as tensors:
                 detectors = tuple((tensors.metadata() or {}).get("detectors", "").split(","))
-                table = tensors.get_tensor("table").astype(np.float32)
+                table = tensors.get_tensor("table")
                 bias = tensors.get_tensor("bias").astype(np.float32)
+                rounded = table.dtype == np.int8
+                scale = tensors.get_tensor("scale").astype(np.float32) if rounded else None
         except (OSError, SafetensorError) as error:
             raise ModelError(f"the guard's text model {file.name} cannot be read") from error
-        n_buckets, n_columns = table.shape
-        if n_columns != len(detectors) or n_buckets & (n_buckets - 1):
+        fits = table.ndim == 2 and table.shape[1] == len(detectors)
+        columns = (bias,) if scale is None else (bias, scale)
+        if not fits or any(one.shape != (len(detectors),) for one in columns):
             raise ModelError(f"the guard's text model {file.name} has the wrong shape")
-        return cls(detectors, table, bias)
+        if len(table) < 2 or len(table) & (len(table) - 1):
+            raise ModelError(f"the guard's text model {file.name} has the wrong shape")
+        if not all(np.isfinite(one).all() for one in (table, *columns)):
+            raise ModelError(f"the guard's text model {file.name} holds values that are not finite")
+        return cls(detectors, table if rounded else table.astype(np.float32), bias, scale)
 
     def logits(self, text: str) -> Float32:
         """[n_windows, n_detectors], scale by scale. An empty text has one window."""
@@ -170,6 +181,8 @@ class TextModel:
         at = np.searchsorted(found.starts[order], ranges)
         n = np.maximum(at[:, 1] - at[:, 0], 1)[:, None]
         totals = sums[at[:, 1]] - sums[at[:, 0]]
+        if self.scale is not None:
+            totals = totals * self.scale
         logits = totals / np.sqrt(n) + self.bias
         sizes = ranges[:, 1] - ranges[:, 0]
         logits[sizes < sizes[0]] -= SENTENCE_DISCOUNT
