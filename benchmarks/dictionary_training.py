@@ -15,7 +15,7 @@ Tokens a second are of whole turns, all that a loop does included; the first tur
 compiled in it, does not count. FVU is measured at the end on rows that nobody trained on, with
 the k largest (of a token, or of a batch) kept.
 
-Time it on a quiet machine: about 35 minutes in full.
+Time it on a quiet machine: about 15 minutes; ``--ways`` names what an earlier trial chose.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-peers", action="store_true", help="measure ours alone")
     parser.add_argument("--no-ours", action="store_true", help="measure the peers alone")
     parser.add_argument("--peers", nargs="+", help="libraries by their first letters")
+    parser.add_argument("--ways", nargs="+", help="ways that take part untried, by their names")
     parser.add_argument("--model", type=Path, default=ROOT / ".test-home" / "models" / MODEL)
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     return parser.parse_args()
@@ -160,7 +161,7 @@ class Benchmark:
         }
 
     def run(self) -> None:
-        ways = [] if self.chosen.no_peers else self._fastest(self._peers())
+        ways = [] if self.chosen.no_peers else self._chosen(self._peers())
         ways = ([] if self.chosen.no_ours else own_ways()) + ways
         with ExitStack() as stack:
             learners = []
@@ -193,6 +194,16 @@ class Benchmark:
         wanted = tuple(one.lower() for one in self.chosen.peers or ("",))
         return [way for way in peers_ways() if way.family.lower().startswith(wanted)]
 
+    def _chosen(self, ways: Sequence[Way]) -> list[Way]:
+        if self.chosen.ways:
+            ways = [way for way in ways if way.name in self.chosen.ways]
+            if len(ways) < len(self.chosen.ways):
+                raise SystemExit(f"of {self.chosen.ways} there are {[way.name for way in ways]}")
+        else:
+            ways = self._fastest(ways)
+        self.table.beyond = [way.name for way in ways if way.beyond]
+        return list(ways)
+
     def _fastest(self, ways: Sequence[Way]) -> list[Way]:
         """Of each library and kind, by a short trial; ways that do not run are left out."""
         best: dict[tuple[str, str, bool], Way] = {}
@@ -203,7 +214,6 @@ class Benchmark:
             known = best.get(way.group)
             if known is None or rate > self.table.trial[known.name]:
                 best[way.group] = way
-        self.table.beyond = [way.name for way in best.values() if way.beyond]
         return list(best.values())
 
     def _try(self, way: Way) -> float | None:

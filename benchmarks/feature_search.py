@@ -1,9 +1,10 @@
 """Search among the shipped features: fifty things, written down before any feature had a label.
 
-    .venv/bin/python benchmarks/feature_search.py --harvest FOLDER [--dictionary NAME] [--json FILE]
+    .venv/bin/python benchmarks/feature_search.py --harvest UNSEEN --dictionary FOLDER [--json FILE]
 
-A feature is right for a query when, of the tokens of unseen text on which it is strongest, at
-least half have the thing in sight: the query's pattern (``data/feature_queries.jsonl``) matches
+The harvest is of text that the dictionary did not learn from (``unseen_text.py``). A feature is
+right for a query when, of the twenty tokens there on which it is strongest, at least half have the
+thing in sight: the query's pattern (``data/feature_queries.jsonl``) matches
 the token or the eight before it. The search itself knows nothing of the patterns. A query for
 which no feature of the dictionary is right counts as missed, and is named.
 """
@@ -16,6 +17,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fortpoint.cli.features_engine import opened
 from fortpoint.features.activations import ActivationStore, widen
@@ -35,7 +37,7 @@ def main() -> None:
     store = ActivationStore(chosen.harvest)
     dictionary = Dictionary.load(chosen.dictionary, store.plan.d_model, 1000)
     with opened(store.plan.model) as engine:
-        right = _right(dictionary, store, engine.tokenizer, queries, chosen.held_out)
+        right = _right(dictionary, store, engine.tokenizer, queries)
     search = _searcher(chosen.dictionary)
     rows = []
     for query, own in zip(queries, right, strict=True):
@@ -45,26 +47,24 @@ def main() -> None:
     _print(rows, chosen.json)
 
 
-def _right(dictionary, store, tokenizer, queries, n_held_out) -> list[set[int]]:
-    """Of each query, the features that are right for it, on text that was never learned from."""
+def _right(dictionary, store, tokenizer, queries) -> list[set[int]]:
+    """Of each query, the features that are right for it."""
     coder, d_sae = Coder(dictionary), dictionary.n_features
-    best = np.zeros((STRONGEST, d_sae), np.float32)
-    where = np.full((STRONGEST, d_sae), -1, np.int64)
+    best = torch.zeros(STRONGEST, d_sae)
+    where = torch.full((STRONGEST, d_sae), -1)
     texts: list[str] = []
-    for shard in store.split(n_held_out)[1]:
+    for shard in store.shards:
+        offset = len(texts)
         texts += _sights(shard, tokenizer)
         kept = store.kept(shard, dictionary.layer)
-        offset = len(texts) - len(shard)
         bits = shard.bits(dictionary.layer)
         for first in range(0, len(kept), ROWS):
             rows = kept[first : first + ROWS]
-            acts = coder.acts(widen(bits[rows])).numpy()
-            every = np.concatenate([best, acts])
-            places = np.concatenate([where, np.repeat(offset + rows[:, None], d_sae, axis=1)])
-            order = np.argsort(-every, axis=0)[:STRONGEST]
-            best = np.take_along_axis(every, order, axis=0)
-            where = np.take_along_axis(places, order, axis=0)
-    active = best > 0
+            acts = coder.acts(widen(bits[rows]))
+            places = torch.from_numpy(offset + rows)[:, None].expand(-1, d_sae)
+            best, order = torch.cat([best, acts]).topk(STRONGEST, dim=0)
+            where = torch.cat([where, places]).gather(0, order)
+    active, where = (best > 0).numpy(), where.numpy()
     enough = active.sum(axis=0) >= STRONGEST // 2
     found = []
     for query in queries:
@@ -111,7 +111,6 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--harvest", type=Path, required=True)
     parser.add_argument("--dictionary", type=Path, required=True, help="its folder")
-    parser.add_argument("--held-out", type=int, default=2)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

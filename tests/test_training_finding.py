@@ -66,7 +66,8 @@ def test_find_most_finds_as_many_whatever_the_guess(floor: float) -> None:
     sums = (sums - sums.mean()).astype(np.int32)
     ones, bias = np.ones(D_SAE, np.float32), np.zeros(D_SAE, np.float32)
     cols, counts = np.empty((BATCH, D_SAE), np.int32), np.zeros(BATCH, np.int64)
-    kernels.find_most(sums, ones[:BATCH], ones, bias, K, np.float32(floor), cols, counts, 0, BATCH)
+    floors = np.full(BATCH, floor, np.float32)
+    kernels.find_most(sums, ones[:BATCH], ones, bias, K, floors, cols, counts, 0, BATCH)
     assert (counts == K).all()
     for i in range(BATCH):
         assert cols[i, :K].tolist() == sorted(np.argsort(-sums[i])[:K].tolist())
@@ -86,8 +87,10 @@ def active(architecture: str, x: Floats) -> NDArray[np.bool_]:
     trainer = Trainer(settings, D_IN, 100, n_threads=2)
     for seed in range(8):
         trainer.step(rows(BATCH, 100 + seed))
-    trainer._find(x - trainer.parameters["b_dec"])
+    limit = trainer._find(x - trainer.parameters["b_dec"])
     pairs = trainer._pairs
+    if limit > 0:
+        kernels.keep_from(limit, pairs.cols, pairs.values, pairs.counts, 0, BATCH)
     found = np.zeros((BATCH, D_SAE), np.bool_)
     for i in range(BATCH):
         found[i, pairs.cols[i, : pairs.counts[i]]] = True

@@ -10,6 +10,7 @@ from fortpoint.features.understanding.feature_words import (
     words_with_weights,
 )
 from fortpoint.features.understanding.index import Context, Index, Keyword, Rule, Term
+from fortpoint.features.understanding.kinds import members
 from fortpoint.features.understanding.search import Search
 from fortpoint.features.understanding.spelling import Spellings
 from fortpoint.features.understanding.wording import meanings, shares, words_of
@@ -123,3 +124,27 @@ def test_spellings_grown_from_a_word_and_mistyped() -> None:
     assert spellings.grown_from("law") == []
     assert spellings.alike("brigde")[0][0] == "bridge"
     assert spellings.alike("zzz") == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        ("months of the year", "January"),
+        ("days of the week", "Friday"),
+        ("question words", "why"),
+        ("negation", "not"),
+        ("Python function definition", "def"),
+    ],
+)
+def test_kind_of_words_is_found_by_its_members(asked: str, first: str) -> None:
+    none = {"neighbours": (), "coactive": (), "rule": None, "promoted": (), "label": "x"}
+    others = [feature(i, contexts=(OTHER,), **none) for i in range(4)]
+    about = Context((" on", f" {first}", " the"), (0, 100, 0), 1, 0)
+    found = Search(made(*others, feature(4, contexts=(about,), **none))).words(asked)
+    assert found[0].feature == 4
+
+
+def test_kind_is_asked_for_by_all_words_of_its_name() -> None:
+    assert "day" in members(words_of("days of the week"))
+    assert members(words_of("a rainy day")) == {}
+    assert members([]) == {}

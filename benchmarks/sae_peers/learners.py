@@ -70,7 +70,7 @@ _VARIANTS: dict[str, dict[str, object]] = {
 
 def own_ways() -> list[Way]:
     return [
-        Way(OURS, kind, "bf16 search, fp32 otherwise", "fortpoint", {"architecture": kind})
+        Way(OURS, kind, "int8 search, fp32 otherwise", "fortpoint", {"architecture": kind})
         for kind in ("batchtopk", "topk")
     ]
 

@@ -60,17 +60,17 @@ def find_most(
     own_scales: Any,
     bias: Any,
     least: Any,
-    floor: Any,
+    floors: Any,
     cols: Any,
     counts: Any,
     first: Any,
     last: Any,
 ) -> None:
-    """In each row the ``least`` largest rough activations, if so many are positive; ``floor`` is
-    a guess below them."""
+    """In each row the ``least`` largest rough activations, if so many are positive; ``floors``
+    ``[n]`` are guesses below them."""
     flags = _flags(len(own_scales))
     for i in range(first, last):
-        row, scale, lowest, n = sums[i], scales[i], floor, 0
+        row, scale, lowest, n = sums[i], scales[i], floors[i], 0
         while True:
             n = _over(row, scale, own_scales, bias, lowest, flags, cols[i])
             if n >= least or lowest <= 0:
@@ -307,15 +307,18 @@ def gradients(
 
 
 @njit(nogil=True, fastmath=_FAST)
-def drop_parallel(W_dec: Any, g_dec: Any, first: Any, last: Any) -> None:
-    """Take out of each decoder row's gradient what would only change its length."""
+def settle(W_dec: Any, g_enc: Any, g_dec: Any, squares: Any, first: Any, last: Any) -> None:
+    """Take out of each decoder row's gradient what would only change its length; ``squares``
+    ``[d_sae]`` becomes the squared length of both matrices' gradients."""
     for f in range(first, last):
-        row, slope = W_dec[f], g_dec[f]
-        along = np.float32(0.0)
+        row, slope, other = W_dec[f], g_dec[f], g_enc[f]
+        along, total = np.float32(0.0), np.float32(0.0)
         for j in range(len(row)):
             along += row[j] * slope[j]
         for j in range(len(row)):
             slope[j] -= along * row[j]
+            total += slope[j] * slope[j] + other[j] * other[j]
+        squares[f] = total
 
 
 @njit(nogil=True, fastmath=_FAST)

@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -35,10 +36,14 @@ Floats = NDArray[np.float32]
 Reduce = Callable[[Sequence[Floats]], None]
 """Makes each array the mean of all processes' own, in place."""
 
+Task = Callable[[int, int], None]
+"""Works on rows or features from the first to before the last."""
+
 _BETAS = np.array([0.9, 0.999], np.float32)
 _CHUNKS_PER_THREAD = 4
+_CHUNKS_OF_PRODUCT = 1  # each reads all of the encoder
 _MAX_DEAD_AT_ONCE = 512
-_SPARE = 1.35  # candidates for one that is kept: the rough order is not the exact one
+_SPARE = 1.25  # candidates for one that is kept: the rough order is not the exact one
 _BELOW = np.float32(0.93)  # the guess, of what the last batch would have needed
 _ROUGHLY = np.float32(0.97)
 _MATRICES = ("W_enc", "W_dec")
@@ -66,19 +71,12 @@ class Workers:
             self.n_threads, "kernels", initializer=torch.set_num_threads, initargs=(1,)
         )
 
-    def run(
-        self,
-        kernel: Callable[..., None],
-        n: int,
-        *arguments: Any,
-        chunks_per_thread: int = _CHUNKS_PER_THREAD,
-    ) -> None:
+    def run(self, task: Task, n: int, chunks_per_thread: int = _CHUNKS_PER_THREAD) -> None:
+        """``task(first, last)`` for parts of ``n`` that follow one another."""
         n_chunks = self.n_threads * chunks_per_thread
         edges = np.linspace(0, n, n_chunks + 1).astype(int).tolist()
         futures = [
-            self._pool.submit(kernel, *arguments, first, last)
-            for first, last in pairwise(edges)
-            if first < last
+            self._pool.submit(task, first, last) for first, last in pairwise(edges) if first < last
         ]
         for future in futures:
             future.result()
@@ -112,20 +110,20 @@ class Rough:
         self.own_scales = np.empty(d_sae, np.float32)
         self._rows = np.empty((batch, d_in), np.int8)
         self._weights = np.empty((d_sae, d_in), np.int8)
+        self._rows_seen = torch.from_numpy(self._rows)
+        self._weights_seen = torch.from_numpy(self._weights)
+        self._sums_seen = torch.from_numpy(self.sums)
 
-    def fill(self, x: Floats, W_enc: Floats, workers: Workers) -> None:
-        workers.run(kernels.quantise, len(W_enc), W_enc, self._weights, self.own_scales)
-        workers.run(kernels.quantise, len(x), x, self._rows, self.row_scales)
-        tensors = (torch.from_numpy(own) for own in (self._rows, self._weights, self.sums))
-        workers.run(_multiply, len(x), *tensors, chunks_per_thread=1)
+    def narrow(self, W_enc: Floats, first: int, last: int) -> None:
+        """The encoder's rows ``first`` to ``last`` in bytes."""
+        kernels.quantise(W_enc, self._weights, self.own_scales, first, last)
 
-
-def _multiply(
-    rows: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor, first: int, last: int
-) -> None:
-    """``sums`` becomes ``rows @ weights.T`` for rows ``first`` to ``last``."""
-    with torch.inference_mode():
-        torch._int_mm(rows[first:last], weights.T, out=sums[first:last])
+    def fill(self, x: Floats, first: int, last: int) -> None:
+        """The sums of rows ``first`` to ``last`` with every feature."""
+        kernels.quantise(x, self._rows, self.row_scales, first, last)
+        with torch.inference_mode():
+            rows, sums = self._rows_seen[first:last], self._sums_seen[first:last]
+            torch._int_mm(rows, self._weights_seen.T, out=sums)
 
 
 class Trainer:
@@ -162,6 +160,7 @@ class Trainer:
         }
         self._idle = np.zeros(settings.d_sae, np.int64)  # tokens since a feature was active
         self._hits = np.zeros(settings.d_sae, np.int64)
+        self._squares = np.zeros(settings.d_sae, np.float32)
         self._limit = 0.0  # activations below it are not among the k largest of a batch
         self._floor = np.float32(0.0)
         self._pairs = Pairs(settings.batch, settings.d_sae)
@@ -182,25 +181,10 @@ class Trainer:
             return self._step(x)
 
     def _step(self, x: Floats) -> Metrics:
-        parameters = self.parameters
-        centred = np.ascontiguousarray(x - parameters["b_dec"], np.float32)
-        self._find(centred)
-        pairs, run = self._pairs, self._workers.run
-        n = len(x)
+        centred = np.ascontiguousarray(x - self.parameters["b_dec"], np.float32)
+        limit = self._find(centred)
         near = self._gate() if self.settings.architecture == "jumprelu" else None
-        run(
-            kernels.decode,
-            n,
-            centred,
-            parameters["W_dec"],
-            self._ends,
-            pairs.cols,
-            pairs.counts,
-            pairs.values,
-            self._errors,
-            pairs.slopes,
-            self._losses,
-        )
+        self._decode(centred, limit)
         fvu = float(self._losses.mean(dtype=np.float64)) / self.d_in  # of a mean square of 1
         if not np.isfinite(fvu):
             raise ModelError(
@@ -241,63 +225,69 @@ class Trainer:
 
     # -- which features are active
 
-    def _find(self, centred: Floats) -> None:
-        """The batch's pairs, with their exact activations."""
-        self._rough.fill(centred, self.parameters["W_enc"], self._workers)
+    def _find(self, centred: Floats) -> np.float32:
+        """The batch's pairs, with their exact activations. Of these, only those that are not
+        below what is returned are active."""
+        W_enc, b_enc, n = self.parameters["W_enc"], self.parameters["b_enc"], len(centred)
+        self._workers.run(lambda *part: self._rough.narrow(W_enc, *part), len(W_enc))
         if self.settings.architecture == "topk":
             self._find_by_token(centred)
         elif self.settings.architecture == "jumprelu":
             lowest = self.parameters["threshold"] - np.float32(self.settings.bandwidth / 2)
-            self._find_over(np.maximum(lowest * _ROUGHLY, 0), centred)
+            lifts = b_enc - np.maximum(lowest * _ROUGHLY, 0)
+            self._workers.run(partial(self._find_over, centred, lifts), n, _CHUNKS_OF_PRODUCT)
         else:
-            self._find_by_batch(centred)
+            return self._find_by_batch(centred)
+        return np.float32(0.0)
 
-    def _find_over(self, floors: Floats, centred: Floats) -> None:
-        pairs, rough, lifts = self._pairs, self._rough, self.parameters["b_enc"] - floors
-        self._workers.run(
-            kernels.find_over,
-            len(centred),
-            *(rough.sums, rough.row_scales, rough.own_scales, lifts),
-            *(pairs.cols, pairs.counts),
-        )
-        self._weigh(centred)
+    def _find_over(self, centred: Floats, lifts: Floats, first: int, last: int) -> None:
+        pairs, rough = self._pairs, self._rough
+        rough.fill(centred, first, last)
+        arguments = (rough.sums, rough.row_scales, rough.own_scales, lifts)
+        kernels.find_over(*arguments, pairs.cols, pairs.counts, first, last)
+        self._weigh(centred, first, last)
 
-    def _weigh(self, centred: Floats) -> None:
+    def _weigh(self, centred: Floats, first: int, last: int) -> None:
         """The exact activations of what was found."""
         pairs, W_enc, b_enc = self._pairs, self.parameters["W_enc"], self.parameters["b_enc"]
-        arguments = (centred, W_enc, b_enc, pairs.cols, pairs.counts, pairs.values)
-        self._workers.run(kernels.exact, len(centred), *arguments)
+        found = (pairs.cols, pairs.counts, pairs.values)
+        kernels.exact(centred, W_enc, b_enc, *found, first, last)
 
     def _find_by_token(self, centred: Floats) -> None:
         pairs, rough, k, n = self._pairs, self._rough, self.settings.k, len(centred)
-        self._workers.run(
-            kernels.find_most,
-            n,
-            *(rough.sums, rough.row_scales, rough.own_scales, self.parameters["b_enc"]),
-            *(int(_SPARE * k), self._floor, pairs.cols, pairs.counts),
-        )
-        self._weigh(centred)
-        self._workers.run(kernels.keep_largest, n, k, pairs.cols, pairs.values, pairs.counts)
-        full = pairs.counts[:n] == k
-        if full.any():
-            # Most rows find enough at once from a guess that few rows' own limit is below.
-            smallest = np.percentile(pairs.values[:n, :k][full].min(axis=1), 20)
-            self._floor = np.float32(smallest) * _BELOW
+        b_enc, least = self.parameters["b_enc"], int(_SPARE * k)
+        # What a row's last active feature has grows with the row: the guess is a share of it.
+        norms, floors = np.empty((2, n), np.float32)
 
-    def _find_by_batch(self, centred: Floats) -> None:
+        def find(first: int, last: int) -> None:
+            rough.fill(centred, first, last)
+            norms[first:last] = np.linalg.norm(centred[first:last], axis=1)
+            floors[first:last] = norms[first:last] * self._floor
+            arguments = (rough.sums, rough.row_scales, rough.own_scales, b_enc, least)
+            kernels.find_most(*arguments, floors, pairs.cols, pairs.counts, first, last)
+            self._weigh(centred, first, last)
+            kernels.keep_largest(k, pairs.cols, pairs.values, pairs.counts, first, last)
+
+        self._workers.run(find, n, _CHUNKS_OF_PRODUCT)
+        full = (pairs.counts[:n] == k) & (norms > 0)
+        if full.any():
+            smallest = pairs.values[:n, :k][full].min(axis=1) / norms[full]
+            self._floor = np.float32(np.percentile(smallest, 15)) * _BELOW
+
+    def _find_by_batch(self, centred: Floats) -> np.float32:
         pairs, n = self._pairs, len(centred)
         wanted = self.settings.k * n
         while True:
-            self._find_over(np.full(self.settings.d_sae, self._floor, np.float32), centred)
-            found = int(pairs.counts[:n].sum())
-            if found >= _SPARE * wanted or self._floor == 0:
+            lifts = self.parameters["b_enc"] - self._floor
+            self._workers.run(partial(self._find_over, centred, lifts), n, _CHUNKS_OF_PRODUCT)
+            if pairs.counts[:n].sum() >= _SPARE * wanted or self._floor == 0:
                 break
             self._floor = self._floor * _BELOW if self._floor > 1e-4 else np.float32(0.0)
         limit = self._largest(wanted, n)
-        self._floor = np.float32(self._largest(int(_SPARE * wanted), n)) * _BELOW
-        self._workers.run(kernels.keep_from, n, limit, pairs.cols, pairs.values, pairs.counts)
+        self._floor = self._largest(int(_SPARE * wanted), n) * _BELOW
         smallest = float(limit)
         self._limit = smallest if self.n_done == 0 else 0.99 * self._limit + 0.01 * smallest
+        return limit
 
     def _largest(self, wanted: int, n: int) -> np.float32:
         """Of the pairs in the batch's ``n`` rows, how active the last of so many is; the least
@@ -312,7 +302,8 @@ class Trainer:
                 break
             wanted -= int(larger[code + 1]) if code + 1 < len(larger) else 0
             upper = code
-        return np.array([max(upper << 16 | code << 1, 1)], np.uint32).view(np.float32)[0]
+        limit = np.array([max(upper << 16 | code << 1, 1)], np.uint32)
+        return np.float32(limit.view(np.float32)[0])
 
     def _gate(self) -> NDArray[np.bool_]:
         """Set to 0 what is not over its feature's threshold; which pairs lie near theirs."""
@@ -327,6 +318,19 @@ class Trainer:
 
     # -- learning
 
+    def _decode(self, centred: Floats, limit: np.float32) -> None:
+        """The reconstructions' errors, and what each pair that stays does to the loss."""
+        pairs, W_dec = self._pairs, self.parameters["W_dec"]
+
+        def decode(first: int, last: int) -> None:
+            if limit > 0:
+                kernels.keep_from(limit, pairs.cols, pairs.values, pairs.counts, first, last)
+            found = (pairs.cols, pairs.counts, pairs.values)
+            made = (self._errors, pairs.slopes, self._losses)
+            kernels.decode(centred, W_dec, self._ends, *found, *made, first, last)
+
+        self._workers.run(decode, len(centred))
+
     def _measure_gradients(self, centred: Floats, near: NDArray[np.bool_] | None) -> None:
         pairs, gradients, d_sae = self._pairs, self._gradients, self.settings.d_sae
         starts = np.zeros(d_sae + 2, np.int64)
@@ -334,22 +338,11 @@ class Trainer:
         rows, places = np.empty(n_pairs, np.int32), np.empty(n_pairs, np.int32)
         kernels.by_feature(pairs.cols, pairs.counts, starts, rows, places)
         scale = np.float32(2 / (len(centred) * self.d_in))
+        inputs = (centred, self._errors, self._ends, pairs.values, pairs.slopes)
+        by_feature = (starts, rows, places, scale)
+        made = (gradients["W_enc"], gradients["W_dec"], gradients["b_enc"], self._hits)
         self._workers.run(
-            kernels.gradients,
-            d_sae,
-            centred,
-            self._errors,
-            self._ends,
-            pairs.values,
-            pairs.slopes,
-            starts,
-            rows,
-            places,
-            scale,
-            gradients["W_enc"],
-            gradients["W_dec"],
-            gradients["b_enc"],
-            self._hits,
+            lambda *part: kernels.gradients(*inputs, *by_feature, *made, *part), d_sae
         )
         errors = self._errors[: len(centred), 0]
         gradients["b_dec"][:] = errors.sum(axis=0) * scale
@@ -404,27 +397,34 @@ class Trainer:
         return n_dead
 
     def _update(self, rate: float) -> None:
-        gradients, d_sae = self._gradients, self.settings.d_sae
-        self._workers.run(
-            kernels.drop_parallel, d_sae, self.parameters["W_dec"], gradients["W_dec"]
-        )
+        parameters, gradients, moments = self.parameters, self._gradients, self._moments
+        slopes, squares = (gradients["W_enc"], gradients["W_dec"]), self._squares
+        d_sae, W_dec = self.settings.d_sae, parameters["W_dec"]
+        self._workers.run(lambda *part: kernels.settle(W_dec, *slopes, squares, *part), d_sae)
         if self._reduce is not None:
             self._reduce(list(gradients.values()))
+            squares = np.array([float(np.vdot(slope, slope)) for slope in slopes])
         self.n_done += 1
-        total = sum(float(np.vdot(gradient, gradient)) for gradient in gradients.values())
+        total = float(squares.sum(dtype=np.float64))
+        total += sum(float(np.vdot(gradients[name], gradients[name])) for name in _VECTORS)
         shrink = np.float32(min(1.0, self.settings.clip / max(total**0.5, 1e-12)))
         corrections = (1 - _BETAS.astype(np.float64) ** self.n_done).astype(np.float32)
-        for name in (*_MATRICES, *_VECTORS):
-            flat = name in _VECTORS
-            arrays = (
-                self.parameters[name],
-                gradients[name],
-                self._moments[f"mean.{name}"],
-                self._moments[f"square.{name}"],
-            )
-            rows = [array[None] if flat else array for array in arrays]
+
+        def adam(name: str, first: int, last: int) -> None:
+            moved = (moments[f"mean.{name}"], moments[f"square.{name}"])
+            arrays = (parameters[name], gradients[name], *moved)
+            rows = [array[None] if array.ndim == 1 else array for array in arrays]
             numbers = (np.float32(rate), shrink, _BETAS, corrections, name == "W_dec")
-            self._workers.run(kernels.adam, len(rows[0]), *rows, *numbers)
+            step: Any = kernels.adam
+            step(*rows, *numbers, first, last)
+
+        def adam_on_features(first: int, last: int) -> None:
+            for name in _MATRICES:
+                adam(name, first, last)
+
+        self._workers.run(adam_on_features, d_sae)
+        for name in _VECTORS:
+            adam(name, 0, 1)
         np.maximum(self.parameters["threshold"], 1e-3, out=self.parameters["threshold"])
 
 

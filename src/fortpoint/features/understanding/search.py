@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from fortpoint.features.understanding.feature_words import has_phrase, words_with_weights
 from fortpoint.features.understanding.index import Index
+from fortpoint.features.understanding.kinds import members
 from fortpoint.features.understanding.spelling import Spellings
-from fortpoint.features.understanding.wording import meanings, shares, words_of
+from fortpoint.features.understanding.wording import meanings, shares, stem, words_of
 
 MAX_QUERY_CHARS = 2000
 _MAX_QUERY_WORDS = 32
@@ -29,7 +30,7 @@ _MAX_QUERY_WORDS = 32
 _PHRASE = 3.0
 _SATURATION = 4.0
 _LENGTH_SHARE = 0.3
-_GROWN, _ALIKE = 0.7, 0.6
+_GROWN, _ALIKE, _MEMBER = 0.7, 0.6, 0.5
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Search:
         for word in dict.fromkeys(asked):
             for feature, score in self._scores(self._meant(word, asked)).items():
                 scores[feature] += share[word] * score
+        for kind in members(asked).values():
+            for member in {stem(word) for word in kind}.intersection(self._postings):
+                for feature, score in self._scores({member: 1.0}).items():
+                    scores[feature] += _MEMBER * score
         if len(asked) > 1:
             self._add_phrases(asked, scores)
         best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
