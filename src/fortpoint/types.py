@@ -76,25 +76,64 @@ class Reading(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Score(msgspec.Struct, frozen=True):
-    """One detector's judgement: a calibrated probability, where it was found, its threshold."""
+    """One detector's judgement: a calibrated probability, where it was found, its threshold.
+
+    ``form`` names the codes (``base64+rot13``) that the judged text was decoded from; absent
+    where the text was judged as it stands.
+    """
 
     detector: str
     score: float
     threshold: float
     role: Role
     flagged: bool
+    form: str | msgspec.UnsetType = msgspec.UNSET
+
+
+Action = Literal["allow", "flag", "redact", "block", "failed"]
+"""What is done about a text, from the mildest to the gravest."""
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """What was found in one message of the user, taken alone."""
+
+    message: int
+    scores: tuple[Score, ...]
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The guard's decision on one text or prompt.
+    """The guard's decision on one text, prompt or answer.
 
-    ``failed`` is never a pass: the request is refused with ``guard_failed``. ``scores`` has
-    the highest score of each detector; ``detector`` names the one that decided a block.
+    ``flag`` lets it pass and says so in the record; ``redact`` lets an answer pass without what
+    was found in it. ``failed`` is never a pass: the request is refused with ``guard_failed``.
+    ``scores`` has the highest score of each detector; ``detector`` names the one that decided.
+    ``turns`` has the user's messages one by one, where a guard says so; no record holds it.
     """
 
-    action: Literal["allow", "block", "failed"]
+    action: Action
     detector: str | None
     scores: tuple[Score, ...]
+    turns: tuple[Turn, ...] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Found(msgspec.Struct, frozen=True):
+    """Characters ``start`` (inclusive) to ``end`` (exclusive) of an answer that a rule found."""
+
+    start: int
+    end: int
+    detector: str
+
+
+class Review(msgspec.Struct, frozen=True):
+    """What is known of an answer that still grows.
+
+    ``scores`` has each detector's highest score so far, ``found`` all that rules found, in
+    order. Of the first ``settled`` characters, rules have found all that there is.
+    """
+
+    scores: tuple[Score, ...]
+    found: tuple[Found, ...]
+    settled: int
 
 
 class Usage(msgspec.Struct, frozen=True):

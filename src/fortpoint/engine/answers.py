@@ -88,6 +88,12 @@ class Answers:
         likeliest = np.full(sampling.n, logits.argmax())
         self._choose(answering, np.broadcast_to(logits, (sampling.n, len(logits))), likeliest)
 
+    def drop(self, job: Job, choice: int) -> None:
+        """Nobody wants this answer any more: free its place, let the others go on."""
+        for sequence in self._scheduler.of(job):
+            if sequence.index == choice and sequence.answer is not None:
+                self._finish(sequence, "cancelled")
+
     def _prefilled(self, sequence: Sequence, logits: Floats) -> None:
         job, request = sequence.job, _generate_of(sequence)
         reading = None

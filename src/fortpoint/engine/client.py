@@ -67,6 +67,9 @@ class Stream(Protocol):
     async def proceed(self) -> None:
         """Let the decode begin (after ``Prefilled`` of a request with ``hold``)."""
 
+    async def drop(self, choice: int) -> None:
+        """Stop computing one answer of several; what still comes of it is to be ignored."""
+
     async def aclose(self) -> None:
         """Cancel the generation if it has not ended. Safe to call twice."""
 
@@ -120,6 +123,10 @@ class _SocketStream:
     async def proceed(self) -> None:
         await self._connection.send(Proceed(self._id))
 
+    async def drop(self, choice: int) -> None:
+        if not self._ended:
+            self._connection.cancel(self._id, choice)
+
     async def aclose(self) -> None:
         if self._ended:
             return
@@ -170,10 +177,10 @@ class _Connection:
         except ConnectionError:
             raise _error_of(None) from None
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Tell the engine without waiting; a dead one has stopped already."""
         if not self.closed:
-            self._writer.write(protocol.encode(Cancel(request_id)))
+            self._writer.write(protocol.encode(Cancel(request_id, choice)))
 
     async def close(self) -> None:
         self._reading.cancel()

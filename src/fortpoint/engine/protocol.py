@@ -149,9 +149,14 @@ class Proceed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Free the request's place at once. Unknown ids are ignored."""
+    """Free the request's place at once, or with ``choice`` that of one answer of several.
+
+    An answer that is cancelled alone ends with ``Finished`` (``cancelled``); the others go on.
+    What is unknown or has ended is ignored.
+    """
 
     id: str
+    choice: int | None = None
 
 
 class Describe(msgspec.Struct, frozen=True, tag=True):

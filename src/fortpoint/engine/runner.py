@@ -1,9 +1,9 @@
 """The compute thread: takes jobs in, steps the model, gives events out.
 
-All model state belongs to this thread. Others reach it through ``submit``, ``proceed`` and
-``cancel``, which only queue; what they ask for is done before the next step. A step's events
-are given out together. When a step fails, its requests are computed again one by one, so that
-only those that fail by themselves do.
+All model state belongs to this thread. Others reach it through ``submit``, ``proceed``,
+``cancel`` and ``drop``, which only queue; what they ask for is done before the next step. A
+step's events are given out together. When a step fails, its requests are computed again one by
+one, so that only those that fail by themselves do.
 
 An error anywhere else is ours: the thread ends, and says so to ``on_crash``, since an engine
 that goes on after it could not be trusted.
@@ -88,6 +88,10 @@ class Runner:
 
     def cancel(self, job: Job) -> None:
         self._commands.put(lambda: self._end(job))
+
+    def drop(self, job: Job, choice: int) -> None:
+        """End one of its answers; the others go on."""
+        self._commands.put(lambda: self._answers.drop(job, choice))
 
     def _run(self) -> None:
         busy = False

@@ -105,11 +105,17 @@ class EngineServer:
                 connection.write(protocol.encode(self._describe(request.id)))
             case Cancel():
                 if asked := connection.jobs.get(request.id):
-                    self._forget(asked)
-                    self._runner.cancel(asked)
+                    self._cancel(asked, request.choice)
             case Proceed():
                 if asked := connection.jobs.get(request.id):
                     self._runner.proceed(asked)
+
+    def _cancel(self, job: Job, choice: int | None) -> None:
+        if choice is None:
+            self._forget(job)
+            self._runner.cancel(job)
+        else:
+            self._runner.drop(job, choice)
 
     async def _submit(self, job: Job) -> None:
         """Prepare in a thread (a long text must not hold up the rest), then queue."""

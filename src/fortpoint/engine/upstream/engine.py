@@ -272,6 +272,9 @@ class _Stream:
     async def proceed(self) -> None:
         self._go.set()
 
+    async def drop(self, choice: int) -> None:
+        """An upstream cannot stop one of several answers: it runs to its end, unread."""
+
     async def aclose(self) -> None:
         await self._events.aclose()
 
