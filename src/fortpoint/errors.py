@@ -13,11 +13,14 @@ secret, a path of the host, or another caller's text.
     ├── ContentBlocked            400 content_filter
     ├── Unauthenticated           401 invalid_api_key
     ├── Forbidden                 403 forbidden
+    │   ├── AccountSuspended      403 account_suspended     (closed until an operator reinstates it)
+    │   ├── AccountUnderReview    403 account_review        (closed until an operator has looked)
     │   └── LeaseRefused          403 lease_refused         (no lease for this model, host and time)
     ├── NotFound                  404 not_found
     │   └── ModelNotFound         404 model_not_found
     ├── PayloadTooLarge           413 payload_too_large
     ├── TooManyRequests           429 rate_limit_exceeded
+    │   └── AccountSlowed         429 account_slowed        (risk is high: wait as Retry-After says)
     ├── EngineError               502 engine_error          (this request failed in the engine)
     │   ├── SteeringDiverged      502 steering_diverged     (its steering broke the activations)
     │   └── EngineUnavailable     503 engine_unavailable    (no engine to ask; try again)
@@ -103,6 +106,14 @@ class LeaseRefused(Forbidden):
     code = "lease_refused"
 
 
+class AccountSuspended(Forbidden):
+    code = "account_suspended"
+
+
+class AccountUnderReview(Forbidden):
+    code = "account_review"
+
+
 class NotFound(FortPointError):
     code = "not_found"
     status = 404
@@ -123,6 +134,16 @@ class TooManyRequests(FortPointError):
     code = "rate_limit_exceeded"
     status = 429
     type = "rate_limit_error"
+
+
+class AccountSlowed(TooManyRequests):
+    """``retry_after_s`` is how long to wait."""
+
+    code = "account_slowed"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineError(FortPointError):

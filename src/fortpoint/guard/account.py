@@ -12,10 +12,10 @@ so it asks for review and never suspends.
 
 Weights, in units of one surely blocked attack:
 
-    blocked           0.5 at the threshold, 1 well above it
+    blocked           0.5 at the threshold, 1 well above it; a quarter for other words of the same
     flagged           0.25
     near_duplicate    up to 0.5: passed, but nearly the same as what was blocked before
-    resampling        up to 0.5: one of many edits of a suspicious prompt in a short time
+    resampling        up to 1: one of many edits of a suspicious prompt in a short time
     many_shot         up to 2: many turns of a dialogue that this server did not have
     split_attack      2: parts that together are a known attack
     linked            a share of another account's event; see ``collusion.py``
@@ -105,6 +105,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     others: tuple[str, ...] = ()
 
 
+Counted = tuple[tuple[int, int], ...]
+"""Registers of a HyperLogLog and what they become at least."""
+
+
 class Volume(msgspec.Struct, frozen=True):
     """How much was asked lately, how often for log-probabilities, and how much of it was new.
 
@@ -119,23 +123,16 @@ class Volume(msgspec.Struct, frozen=True):
     values: int = 0
     registers: bytes = bytes(_REGISTERS)
 
-    def after(self, now: float, sketch: tuple[int, ...], *, logprobs: bool) -> Volume:
+    def after(self, now: float, counted: Counted, *, logprobs: bool) -> Volume:
         fade = _fade(now - self.at, _DAY_S)
         renewed = now - self.since > _DAY_S
-        registers = bytearray(_REGISTERS) if renewed else bytearray(self.registers)
-        for value in sketch[:_COUNTED]:
-            # The smallest hashes of a set are not spread evenly any more; mixed again they are.
-            mixed = value * _MIX & _MASK
-            place = mixed >> _RANK_BITS
-            rank = _RANK_BITS + 1 - (mixed & (1 << _RANK_BITS) - 1).bit_length()
-            registers[place] = max(registers[place], rank)
         return Volume(
             at=max(now, self.at),
             since=now if renewed else self.since,
             requests=self.requests * fade + 1.0,
             logprobs=self.logprobs * fade + (1.0 if logprobs else 0.0),
-            values=len(sketch[:_COUNTED]) + (0 if renewed else self.values),
-            registers=bytes(registers),
+            values=len(counted) + (0 if renewed else self.values),
+            registers=_registered(bytes(_REGISTERS) if renewed else self.registers, counted),
         )
 
     def novelty(self) -> float:
@@ -158,10 +155,9 @@ class Account(msgspec.Struct, frozen=True):
         level = self.risk(now, settings) + _faded(event, now, settings.half_life_s)
         return msgspec.structs.replace(self, level=min(level, MAX_RISK), at=now)
 
-    def asked(self, now: float, sketch: tuple[int, ...], *, logprobs: bool) -> Account:
+    def asked(self, now: float, counted: Counted, *, logprobs: bool) -> Account:
         """The account with one more request, whatever it was."""
-        volume = self.volume.after(now, sketch, logprobs=logprobs)
-        return msgspec.structs.replace(self, volume=volume)
+        return Account(self.level, self.at, self.volume.after(now, counted, logprobs=logprobs))
 
     def risk(self, now: float, settings: AccountPolicy) -> float:
         return self.level * _fade(now - self.at, settings.half_life_s)
@@ -171,13 +167,17 @@ class Account(msgspec.Struct, frozen=True):
 
         In steady state a day's requests are ``requests * ln 2``, for the count halves each day.
         """
+        most = self.most_extraction(now, settings)
+        return most * self.volume.novelty() if most else 0.0
+
+    def most_extraction(self, now: float, settings: AccountPolicy) -> float:
+        """The same as if all had been new; far cheaper."""
         volume = self.volume
         if not volume.requests:
             return 0.0
-        fade = _fade(now - volume.at, _DAY_S)
-        per_day = volume.requests * fade * math.log(2)
+        per_day = volume.requests * _fade(now - volume.at, _DAY_S) * math.log(2)
         asked_logprobs = min(1.0, volume.logprobs / volume.requests)
-        return per_day / settings.extraction_per_day * volume.novelty() * (1.0 + asked_logprobs)
+        return per_day / settings.extraction_per_day * (1.0 + asked_logprobs)
 
 
 def risk(events: Iterable[Event], now: float, settings: AccountPolicy) -> float:
@@ -196,10 +196,20 @@ def standing(
     level = account.risk(now, settings) / factor
     if not math.isfinite(level) or _reached(level, settings.suspend_at):
         return "suspended"
-    copies = account.extraction(now, settings) / factor
-    if not math.isfinite(copies) or copies >= 1.0 or _reached(level, settings.review_at):
+    if _copies(account, now, settings, factor) or _reached(level, settings.review_at):
         return "review"
     return "slowed" if _reached(level, settings.slow_at) else "active"
+
+
+def counted(sketch: tuple[int, ...]) -> Counted:
+    """What a sketch's smallest hashes do to a HyperLogLog."""
+    found = []
+    for value in sketch[:_COUNTED]:
+        # The smallest hashes of a set are not spread evenly any more; mixed again they are.
+        mixed = value * _MIX & _MASK
+        rank = _RANK_BITS + 1 - (mixed & (1 << _RANK_BITS) - 1).bit_length()
+        found.append((mixed >> _RANK_BITS, rank))
+    return tuple(found)
 
 
 def blocked_weight(score: float, threshold: float) -> float:
@@ -225,6 +235,23 @@ def suspicion(score: float, threshold: float) -> float:
     if score >= threshold:
         return 1.0
     return max(0.0, 1.0 + (logit(score) - logit(threshold)) / 2.0)
+
+
+def _copies(account: Account, now: float, settings: AccountPolicy, factor: float) -> bool:
+    most = account.most_extraction(now, settings) / factor
+    if most < 1.0:
+        return False
+    return not account.extraction(now, settings) / factor < 1.0
+
+
+def _registered(registers: bytes, counted: Counted) -> bytes:
+    higher = [(place, rank) for place, rank in counted if rank > registers[place]]
+    if not higher:
+        return registers
+    changed = bytearray(registers)
+    for place, rank in higher:
+        changed[place] = max(changed[place], rank)
+    return bytes(changed)
 
 
 def _faded(event: Event, now: float, half_life_s: float) -> float:

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fortpoint.guard.account import Account, AccountPolicy, Event, Standing, standing
+from fortpoint.guard.account import Account, AccountPolicy, Event, Standing, counted, standing
 from fortpoint.guard.attack_families import AttackFamilies, Joined
 from fortpoint.guard.collusion import Asked, events_of, shared
 
@@ -132,9 +132,10 @@ class AccountWatch:
         if len(self._users) > self._most:
             self._users.popitem(last=False)
         joined = self.families.join(prompt)
+        seen = counted(prompt.sketch)
         for account in (prompt.account, user):
             watched = self.of(account)
-            watched.account = watched.account.asked(prompt.time, prompt.sketch, logprobs=logprobs)
+            watched.account = watched.account.asked(prompt.time, seen, logprobs=logprobs)
             watched.changed = True
         own = events_of(asked, joined) if attempt else ()
         given = self._given(prompt.account, user, own)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from fortpoint.guard.near_duplicates import (
     MIN_VALUES,
+    Match,
     NearDuplicates,
     Sketch,
     containment,
@@ -33,11 +34,12 @@ MAX_FAMILIES = 8192
 MAX_MEMBERS = 16
 _MAX_VARIANTS = 512
 _SIMILAR = 0.3
+_ALL = 0.8  # from so near on it is the attack itself and no piece of it
 _PART = 0.7
 _WHOLE = 0.75
 _MIN_PART_VALUES = 8
 _RATE_HALF_LIFE_S = 900.0
-_ATTACKS = 1.0  # suspicion of its own members that makes an account one of the attackers
+_ATTACKS = 2.0  # edits lately that make an account one of the attackers
 _MOST_COUNTED = 512.0
 
 
@@ -58,22 +60,26 @@ class Prompt:
 
 @dataclass
 class Member:
-    """What one account sent of a family."""
+    """What one account sent of a family. ``rate`` counts its edits, each by how suspicious it
+    is; it halves every fifteen minutes. ``parts`` has a bit for each hash of the family's."""
 
-    suspicion: float = 0.0
+    rate: float = 0.0
+    at: float = 0.0
+    blocked: int = 0
     parts: int = 0
+
+    def rate_at(self, now: float) -> float:
+        return float(self.rate * 2.0 ** (-max(0.0, now - self.at) / _RATE_HALF_LIFE_S))
 
 
 @dataclass
 class Family:
-    """``rate`` counts variants; it halves every fifteen minutes."""
+    """``sketch`` is that of its first prompt, ``n`` and ``suspicion`` are of all of them."""
 
     sketch: Sketch
     n: float = 0.0
     suspicion: float = 0.0
     blocked: int = 0
-    rate: float = 0.0
-    rate_at: float = 0.0
     members: OrderedDict[str, Member] = field(default_factory=OrderedDict)
     variants: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
@@ -81,10 +87,11 @@ class Family:
     def mean(self) -> float:
         return self.suspicion / self.n if self.n else 0.0
 
-    def attackers(self) -> Iterator[str]:
+    def attackers(self, now: float) -> Iterator[tuple[str, float]]:
+        """Accounts that attack with it lately, and their rates."""
         for account, member in self.members.items():
-            if member.suspicion >= _ATTACKS:
-                yield account
+            if (rate := member.rate_at(now)) >= _ATTACKS:
+                yield account, rate
 
     def member(self, account: str) -> Member:
         """Made if missing; the one that was not met for longest makes place."""
@@ -97,17 +104,20 @@ class Family:
 
 @dataclass(frozen=True)
 class Joined:
-    """A prompt in its family. ``known``: a nearly equal one was blocked before this one.
+    """A prompt in its family, with the suspicion of all that is in it.
 
-    ``rate`` is how many different variants came lately, ``edited`` whether this is a new one.
-    ``partners`` are further accounts that attack with it. ``completes`` names the accounts
-    whose parts, with this one, make up the whole.
+    ``similarity`` is to the family's first prompt. ``known``: a nearly equal one was blocked
+    before this one; ``repeated``: one of this account. ``edited``: another variant than those
+    before. ``rate`` is how many edits its account and those that attack beside it made lately.
+    ``partners`` are these, ``completes`` the accounts whose parts, with this one, are a whole.
     """
 
     family: str
+    similarity: float
     suspicion: float
     rate: float
     known: bool
+    repeated: bool
     edited: bool
     partners: tuple[str, ...] = ()
     completes: tuple[str, ...] = ()
@@ -135,15 +145,13 @@ class AttackFamilies:
         if len(prompt.sketch) < MIN_VALUES:
             return None
         match = self._near.nearest(prompt.sketch, _SIMILAR)
-        if match is not None:
-            return self._joined(match.name, prompt)
-        if (part := self._part(prompt)) is not None:
-            return part
-        if prompt.suspicion <= 0:
-            return None
-        name = "fam_" + secrets.token_hex(8)
-        self._add(name, Family(prompt.sketch, rate_at=prompt.time))
-        return self._joined(name, prompt)
+        completes = () if match and match.similarity >= _ALL else self._completed(prompt)
+        if match is None:
+            if not completes and prompt.suspicion <= 0:
+                return None
+            match = Match("fam_" + secrets.token_hex(8), 1.0)
+            self._add(match.name, Family(prompt.sketch))
+        return self._joined(match, prompt, completes)
 
     def _add(self, name: str, family: Family) -> None:
         self._families[name] = family
@@ -151,64 +159,69 @@ class AttackFamilies:
         if gone is not None:
             del self._families[gone]
 
-    def _joined(self, name: str, prompt: Prompt) -> Joined:
-        family = self._families[name]
-        self._near.use(name)
-        known = family.blocked > 0
-        edited = self._count(family, prompt)
-        others = tuple(one for one in family.attackers() if one != prompt.account)
-        attacks = family.members[prompt.account].suspicion >= _ATTACKS
+    def _joined(self, match: Match, prompt: Prompt, completes: tuple[str, ...]) -> Joined:
+        family = self._families[match.name]
+        self._near.use(match.name)
+        own = family.member(prompt.account)
+        known, repeated = family.blocked > 0, own.blocked > 0
+        edited = _count(family, own, prompt)
+        attackers = dict(family.attackers(prompt.time))
+        rate = attackers.pop(prompt.account, 0.0)
+        if rate:  # whoever attacks alone has no partners
+            rate += sum(attackers.values())
+        partners = {*(attackers if rate else ()), *completes} - {prompt.account}
         return Joined(
-            name, family.mean, family.rate, known, edited, partners=others if attacks else ()
+            family=match.name,
+            similarity=match.similarity,
+            suspicion=family.mean,
+            rate=rate,
+            known=known,
+            repeated=repeated,
+            edited=edited,
+            partners=tuple(sorted(partners)),
+            completes=completes,
         )
 
-    def _count(self, family: Family, prompt: Prompt) -> bool:
-        """Add the prompt; whether it is another edit than those before."""
-        edited = bool(family.n) and prompt.variant not in family.variants
-        family.variants[prompt.variant] = None
-        if len(family.variants) > _MAX_VARIANTS:
-            family.variants.popitem(last=False)
-        fade = 2.0 ** (-max(0.0, prompt.time - family.rate_at) / _RATE_HALF_LIFE_S)
-        family.rate = family.rate * fade + (1.0 if edited else 0.0)
-        family.rate_at = max(family.rate_at, prompt.time)
-        family.n += 1.0
-        family.suspicion += prompt.suspicion
-        family.blocked += prompt.blocked
-        family.member(prompt.account).suspicion += prompt.suspicion
-        if family.n > _MOST_COUNTED:  # what was long ago counts for less
-            family.n /= 2
-            family.suspicion /= 2
-        return edited
-
-    def _part(self, prompt: Prompt) -> Joined | None:
-        """The prompt as a piece of an attack that was blocked before."""
+    def _completed(self, prompt: Prompt) -> tuple[str, ...]:
+        """Who sent the pieces of an attack that was blocked before, once this is the last."""
         if len(prompt.sketch) < _MIN_PART_VALUES:
-            return None
+            return ()
         for name in self._near.near(prompt.sketch):
             family = self._families[name]
             if family.blocked and containment(prompt.sketch, family.sketch) >= _PART:
-                return self._pieced(name, family, prompt)
-        return None
+                return _pieced(family, prompt)
+        return ()
 
-    def _pieced(self, name: str, family: Family, prompt: Prompt) -> Joined | None:
-        own = family.member(prompt.account)
-        new = coverage(prompt.sketch, family.sketch) & ~own.parts
-        own.parts |= new
-        together = 0
-        for member in family.members.values():
-            together |= member.parts
-        whole = _WHOLE * len(family.sketch)
-        if not new or together.bit_count() < whole:
-            return None
-        senders = tuple(one for one, member in family.members.items() if member.parts)
-        for member in family.members.values():
-            member.parts = 0  # the next whole is counted anew
-        return Joined(
-            name,
-            family.mean,
-            family.rate,
-            known=True,
-            edited=True,
-            partners=tuple(one for one in senders if one != prompt.account),
-            completes=senders,
-        )
+
+def _count(family: Family, own: Member, prompt: Prompt) -> bool:
+    """Add the prompt; whether it is another edit than those before."""
+    edited = bool(family.n) and prompt.variant not in family.variants
+    family.variants[prompt.variant] = None
+    if len(family.variants) > _MAX_VARIANTS:
+        family.variants.popitem(last=False)
+    family.n += 1.0
+    family.suspicion += prompt.suspicion
+    family.blocked += prompt.blocked
+    own.blocked += prompt.blocked
+    if edited:  # an edit that scores harmless is what the attacker looks for
+        own.rate = own.rate_at(prompt.time) + max(prompt.suspicion, family.mean)
+        own.at = max(own.at, prompt.time)
+    if family.n > _MOST_COUNTED:  # what was long ago counts for less
+        family.n /= 2
+        family.suspicion /= 2
+    return edited
+
+
+def _pieced(family: Family, prompt: Prompt) -> tuple[str, ...]:
+    own = family.member(prompt.account)
+    new = coverage(prompt.sketch, family.sketch) & ~own.parts
+    own.parts |= new
+    together = 0
+    for member in family.members.values():
+        together |= member.parts
+    if not new or together.bit_count() < _WHOLE * len(family.sketch):
+        return ()
+    senders = tuple(one for one, member in family.members.items() if member.parts)
+    for member in family.members.values():
+        member.parts = 0  # the next whole is counted anew
+    return senders

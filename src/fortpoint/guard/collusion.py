@@ -23,7 +23,9 @@ from fortpoint.guard.account import (
 )
 from fortpoint.guard.attack_families import Joined, Prompt
 
-_FREE_EDITS = 5.0
+_AGAIN = 0.25  # of what was refused just now, in other words: most who do that are honest
+_FREE_EDITS = 4.0
+_NEAR = 0.5
 _TEMPLATE = 0.25  # families that are less suspicious than this are a template, not an attack
 _FLAGGED = 0.25
 _MOST = 0.5
@@ -77,7 +79,10 @@ def _events(asked: Asked, joined: Joined | None) -> Iterator[Event]:
     if prompt.blocked:
         score = 1.0 if asked.score is None else asked.score
         threshold = 0.5 if asked.threshold is None else asked.threshold
-        yield _event(asked, joined, "blocked", blocked_weight(score, threshold))
+        again = joined is not None and joined.repeated
+        yield _event(
+            asked, joined, "blocked", blocked_weight(score, threshold) * (_AGAIN if again else 1.0)
+        )
     elif asked.flagged:
         yield _event(asked, joined, "flagged", _FLAGGED)
     yield _event(asked, joined, "many_shot", many_shot_weight(asked.n_strange_turns))
@@ -85,13 +90,13 @@ def _events(asked: Asked, joined: Joined | None) -> Iterator[Event]:
         return
     if joined.completes:
         yield _event(asked, joined, "split_attack", _SPLIT)
-        return
     surely = max(0.0, (joined.suspicion - _TEMPLATE) / (1.0 - _TEMPLATE))
-    if joined.known and joined.edited and not prompt.blocked:
+    near = joined.known and joined.edited and joined.similarity >= _NEAR
+    if near and not prompt.blocked:
         yield _event(asked, joined, "near_duplicate", _MOST * surely)
     if joined.edited and joined.rate > _FREE_EDITS:
         haste = min(1.0, (joined.rate - _FREE_EDITS) / _FREE_EDITS)
-        yield _event(asked, joined, "resampling", _MOST * surely * haste)
+        yield _event(asked, joined, "resampling", surely * haste)
 
 
 def _event(asked: Asked, joined: Joined | None, kind: EventKind, weight: float) -> Event:

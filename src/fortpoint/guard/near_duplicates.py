@@ -87,11 +87,19 @@ def _mixed(values: UInt64) -> UInt64:
 
 def similarity(one: Sketch, other: Sketch) -> float:
     """Estimated Jaccard similarity of the two texts' sets, in 0..1."""
-    first, second = set(one), set(other)
-    whole = len(one) < SKETCH_SIZE and len(other) < SKETCH_SIZE
-    union = first | second
-    sample = union if whole else set(sorted(union)[:SKETCH_SIZE])
-    return len(sample & first & second) / len(sample) if sample else 0.0
+    return _similarity(frozenset(one), one, other)
+
+
+def _similarity(first: frozenset[int], one: Sketch, other: Sketch) -> float:
+    """The same where the set of ``one`` is at hand."""
+    both = first.intersection(other)
+    if len(one) < SKETCH_SIZE and len(other) < SKETCH_SIZE:  # the sketches are the sets
+        union = len(one) + len(other) - len(both)
+        return len(both) / union if union else 0.0
+    if not both:
+        return 0.0
+    sample = sorted(first.union(other))[:SKETCH_SIZE]
+    return sum(value <= sample[-1] for value in both) / len(sample)
 
 
 def containment(part: Sketch, whole: Sketch) -> float:
@@ -180,8 +188,9 @@ class NearDuplicates:
         """The most similar one, at least ``least`` near."""
         if len(sketch) < MIN_VALUES:
             return None
+        values = frozenset(sketch)
         best = max(
-            ((similarity(sketch, self._known[name]), name) for name in self.near(sketch)),
+            ((_similarity(values, sketch, self._known[name]), name) for name in self.near(sketch)),
             default=(0.0, ""),
         )
         return Match(best[1], best[0]) if best[0] >= least else None

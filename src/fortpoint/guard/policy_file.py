@@ -26,8 +26,13 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from fortpoint.errors import ConfigError
+from fortpoint.guard.calibration import Calibrations
+from fortpoint.guard.conversation import DETECTOR as CRESCENDO
 from fortpoint.guard.policy import ANY, GRAVITY, SCOPES, Policy, Rule, specificity
+from fortpoint.guard.rules.canary import DETECTOR as CANARY
+from fortpoint.guard.rules.secrets import DETECTOR as SECRET
 
+ARTEFACTS = Path(__file__).parent / "artefacts"
 MAX_FILE_BYTES = 64 * 1024
 MAX_LINES = 4000
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
@@ -38,11 +43,12 @@ _Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy, and the hexadecimal SHA-256 of the bytes that it was read from."""
+    """A policy, the text that it was read from, and the hexadecimal SHA-256 of its bytes."""
 
     policy: Policy
     sha256: str
     source: str
+    text: str
 
     @property
     def version(self) -> str:
@@ -56,6 +62,15 @@ def shipped_policy(secrets: str = "redact") -> LoadedPolicy:
     """
     text = SHIPPED.format(secrets=secrets)
     return read_policy(text.encode(), "the shipped policy")
+
+
+def known_detectors(artefacts: Path = ARTEFACTS) -> tuple[str, ...]:
+    """Every name that a rule may give: the trained detectors', the rules', the crescendo's.
+
+    Raises ``ModelError``. Loads no weights.
+    """
+    trained = Calibrations.load(artefacts / "calibration.json").detectors
+    return tuple(dict.fromkeys((*trained, SECRET, CANARY, CRESCENDO)))
 
 
 def load_policy(file: Path, detectors: Sequence[str] | None = None) -> LoadedPolicy:
@@ -89,7 +104,7 @@ def read_policy(data: bytes, source: str, detectors: Sequence[str] | None = None
         _check_detectors(policy.rules, detectors, lines)
     _check_escalation(policy, lines)
     _check_contradictions(policy.rules, lines)
-    return LoadedPolicy(policy, hashlib.sha256(data).hexdigest(), source)
+    return LoadedPolicy(policy, hashlib.sha256(data).hexdigest(), source, text)
 
 
 def schema() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Asks another model about the uncertain few: an OpenAI-compatible moderation or guard model.
 
-    stage = HttpSecondStage(policy.second_stage, api_key)
+    stage = HttpSecondStage(policy.second_stage, "Bearer ...")
     score = await stage.ask(text)            # 0..1; SecondStageFailed when it cannot tell
 
 It sees the text of a request, so it must be trusted with it. Nothing of an answer but a number
@@ -65,9 +65,9 @@ class _Chat(msgspec.Struct, frozen=True):
 
 
 class HttpSecondStage:
-    """For one event loop. ``api_key`` is sent as a bearer token and kept nowhere else."""
+    """For one event loop. ``authorization`` is the header that it asks with, kept nowhere else."""
 
-    def __init__(self, settings: SecondStagePolicy, api_key: str | None) -> None:
+    def __init__(self, settings: SecondStagePolicy, authorization: str | None) -> None:
         self._settings = settings
         self._places = asyncio.Semaphore(settings.max_concurrent)
         headers = {
@@ -75,8 +75,8 @@ class HttpSecondStage:
             "content-type": "application/json",
             "user-agent": "fortpoint",
         }
-        if api_key:
-            headers["authorization"] = f"Bearer {api_key}"
+        if authorization:
+            headers["authorization"] = authorization
         secure = settings.url.startswith("https:")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
