@@ -8,10 +8,17 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import httpx
 import pytest
 
+from databases import database_address, postgresql_address
 from fakes import Bench, in_process, serving
 from served import served
 
-__all__ = ["served"]
+__all__ = ["database_address", "postgresql_address", "served"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "postgresql: needs a server (TEST_POSTGRESQL); .ci/run starts one"
+    )
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import msgspec
 import uvicorn
 
 from fortpoint.access.keys import Principal
-from fortpoint.audit.entry import Entry
+from fortpoint.audit.entry import Content, Entry
 from fortpoint.audit.log import Receipt
 from fortpoint.config import Config
 from fortpoint.engine.protocol import (
@@ -307,16 +307,18 @@ class FakeAudit:
     """Keeps entries in memory; fails for as many appends as ``fail`` says."""
 
     entries: list[Entry] = field(default_factory=list)
+    contents: list[Content | None] = field(default_factory=list)
     fail: int = 0
     delay_s: float = 0.0
     _index: itertools.count[int] = field(default_factory=itertools.count)
 
-    async def append(self, entry: Entry) -> Receipt:
+    async def append(self, entry: Entry, content: Content | None = None) -> Receipt:
         await asyncio.sleep(self.delay_s)
         if self.fail:
             self.fail -= 1
             raise AuditUnavailable("the record could not be written")
         self.entries.append(entry)
+        self.contents.append(content)
         index = next(self._index)
         return Receipt(index, hashlib.sha256(str(index).encode()).hexdigest())
 

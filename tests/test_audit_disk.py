@@ -18,6 +18,7 @@ from fortpoint.audit.signing_key import load_public
 from fortpoint.audit.verify import verify
 from fortpoint.errors import AuditUnavailable
 from fortpoint.store.database import Database
+from fortpoint.store.sqlite import Direct
 
 ROOM = 1_000_000  # pages
 
@@ -28,8 +29,8 @@ class Limited:
     def __init__(self, home: Path) -> None:
         self.database = Database.in_home(home)
         self.max_pages = ROOM
-        assert self.database._direct is not None
-        for engine in (self.database._engine.sync_engine, self.database._direct.engine):
+        assert isinstance(self.database._short, Direct)
+        for engine in (self.database._reading.sync_engine, self.database._short.engine):
             event.listen(engine, "begin", self._limit, insert=True)
 
     def _limit(self, connection: Any) -> None:
@@ -43,7 +44,7 @@ def entry(number: int) -> Entry:
         request_id=f"req_{number}",
         surface="/v1/chat/completions",
         status=200,
-        request="x" * 2000,
+        detail="x" * 2000,
     )
 
 
@@ -115,7 +116,7 @@ async def main(home):
     for number in range(150):
         try:
             receipt = await log.append(Entry(time=now(), kind="answer", request_id=str(number),
-                surface="/", status=200, request="x" * 4000))
+                surface="/", status=200, detail="x" * 4000))
             assert receipt.index == kept
             kept += 1
         except AuditUnavailable as error:

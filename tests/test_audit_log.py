@@ -13,9 +13,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from fortpoint.audit import entry as entry_module
+from fortpoint.audit.batch import CHECKPOINT_SPAN
 from fortpoint.audit.entry import Entry, encode, now, seal, unseal
 from fortpoint.audit.log import AuditLog, Receipt
 from fortpoint.audit.merkle import leaf_hash
@@ -23,7 +24,7 @@ from fortpoint.audit.signing_key import load_public
 from fortpoint.audit.verify import Report, verify
 from fortpoint.errors import AuditUnavailable, StorageError
 from fortpoint.store.database import Database
-from fortpoint.store.tables import audit_checkpoints, audit_entries
+from fortpoint.store.tables import audit_checkpoints, audit_entries, audit_nodes
 from fortpoint.types import Role, Score, Usage, Verdict
 
 
@@ -113,6 +114,39 @@ async def test_appends_from_two_logs_on_one_file_neither_fork_nor_gap(
     assert report.checkpoints >= 2
 
 
+async def test_appends_one_by_one_keep_a_checkpoint_for_each_256(
+    database: Database, home: Path
+) -> None:
+    log = await AuditLog.open(database, home)
+    for number in range(2 * CHECKPOINT_SPAN + 3):
+        await log.append(entry(number))
+    await log.close()
+    async with database.connect() as connection:
+        sizes = (await connection.execute(select(audit_checkpoints.c.size))).scalars().all()
+    assert sorted(sizes) == [256, 512, 515]
+    assert verified(home).entries == 515
+
+
+async def test_work_that_belongs_to_an_entry_is_done_with_it_or_not_at_all(
+    database: Database, home: Path
+) -> None:
+    log = await AuditLog.open(database, home)
+
+    def mark(connection: Connection) -> None:
+        connection.execute(insert(audit_nodes).values(height=99, number=0, hash=bytes(32)))
+
+    def fail(connection: Connection) -> None:
+        mark(connection)
+        raise StorageError("it cannot be done")
+
+    with pytest.raises(AuditUnavailable, match="it cannot be done"):
+        await log.append(entry(0), also=fail)
+    await log.append(entry(1), also=mark)
+    await log.close()
+    async with database.connect() as connection:
+        assert (await connection.execute(select(audit_nodes.c.height))).all() == [(99,)]
+
+
 async def test_log_opened_again_continues_where_it_was(home: Path) -> None:
     for size in (3, 7):
         database = Database.in_home(home)
@@ -183,7 +217,7 @@ async def test_defect_in_the_writer_refuses_the_batch_instead_of_hanging(
     database: Database, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = await AuditLog.open(database, home)
-    monkeypatch.setattr(log, "_checkpoint", lambda frontier: 1 / 0)
+    monkeypatch.setattr("fortpoint.audit.batch._checkpoint", lambda signer, frontier: 1 / 0)
     with pytest.raises(AuditUnavailable):
         await asyncio.wait_for(log.append(entry()), timeout=10)
     monkeypatch.undo()
@@ -193,7 +227,7 @@ async def test_defect_in_the_writer_refuses_the_batch_instead_of_hanging(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"detail": "\ud800"}, {"request": "x" * entry_module.MAX_ENTRY_BYTES}],
+    [{"detail": "\ud800"}, {"detail": "x" * entry_module.MAX_ENTRY_BYTES}],
     ids=["lone surrogate", "too large"],
 )
 async def test_entry_that_cannot_be_recorded_fails_alone(
@@ -219,7 +253,7 @@ async def test_entry_with_hostile_text_in_every_field_is_kept_as_text(
     hostile = entry(
         request_id=text, surface=text, key_id=text, user=text, role=text, model=text,
         model_digest=text, code=text, finish_reasons=(text,), request_sha256=text,
-        response_sha256=text, request=text, response=text, detail=text,
+        response_sha256=text, detail=text,
     )  # fmt: skip
     log = await AuditLog.open(database, home)
     await log.append(hostile)

@@ -21,7 +21,7 @@ import pytest
 from fortpoint.audit.checkpoint import Signer, VerifierKey
 from fortpoint.audit.entry import Entry, encode, now, seal
 from fortpoint.audit.log import AuditLog
-from fortpoint.audit.merkle import Frontier, leaf_hash
+from fortpoint.audit.merkle import Frontier, Node, leaf_hash
 from fortpoint.audit.signing_key import load_or_create, load_public
 from fortpoint.audit.verify import Report, verify
 from fortpoint.errors import VerificationError
@@ -40,12 +40,14 @@ def entry(number: int) -> Entry:
 
 def grow(database: sqlite3.Connection, signer: Signer, before: Frontier, n: int) -> Frontier:
     """What ``AuditLog`` commits for one batch, without a running loop."""
-    after = before
+    after, nodes = before, list[Node]()
     for index in range(before.size, before.size + n):
         data = seal(encode(entry(index)), index)
         leaf = leaf_hash(data)
-        after = after.extend([leaf])
+        after = after.grow([leaf], nodes)
         database.execute("INSERT INTO audit_entries VALUES (?, ?, ?)", (index, leaf, data))
+    rows = [(node.height, node.number, node.hash) for node in nodes]
+    database.executemany("INSERT INTO audit_nodes VALUES (?, ?, ?)", rows)
     database.execute(
         "INSERT INTO audit_checkpoints VALUES (?, ?, ?, ?)",
         (
@@ -109,7 +111,7 @@ def refusal(home: Path) -> VerificationError:
 
 
 def run_script(home: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(home / "fortpoint.db")]
+    command = [sys.executable, str(SCRIPT), "log", str(home / "fortpoint.db")]
     command += ["--key", str(home / "keys" / "audit.pub"), *extra]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
@@ -319,6 +321,26 @@ def test_frontier_changed_is_refused(home: Path) -> None:
     _sql("UPDATE audit_checkpoints SET frontier = zeroblob(64) WHERE size = 20")(home)
     with pytest.raises(VerificationError, match="frontier"):
         verified(home)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE audit_nodes SET hash = zeroblob(32) WHERE number = 1",
+        "DELETE FROM audit_nodes WHERE number = 1",
+        "INSERT INTO audit_nodes VALUES (8, 77, zeroblob(32))",
+    ],
+)
+async def test_node_changed_is_refused_and_the_entries_are_said_to_be_sound(
+    tmp_path: Path, damage: str
+) -> None:
+    home = tmp_path / "long"
+    await _long_home(home, 1100)
+    assert verified(home).entries == 1100
+    _sql(damage)(home)
+    with pytest.raises(VerificationError, match="proofs are wrong"):
+        verified(home)
+    assert run_script(home).returncode == 0
 
 
 async def test_log_signed_anew_by_another_key_is_refused(home: Path, tmp_path: Path) -> None:

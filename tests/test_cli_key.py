@@ -141,7 +141,7 @@ def test_create_with_an_unknown_role_is_a_usage_error(state: Path) -> None:
 def test_create_that_cannot_be_recorded_shows_no_secret_and_leaves_no_live_key(
     state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuse(self: AuditLog, entry: object) -> None:
+    async def refuse(self: AuditLog, *_: object) -> None:
         raise AuditUnavailable("the record could not be written: the disk is full")
 
     monkeypatch.setattr(AuditLog, "append", refuse)

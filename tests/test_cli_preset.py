@@ -181,7 +181,7 @@ def test_change_that_cannot_be_recorded_is_undone(
     output(*SIX)
     before = listed()
 
-    async def refuse(self: AuditLog, entry: object) -> None:
+    async def refuse(self: AuditLog, *_: object) -> None:
         raise AuditUnavailable("the record could not be written: the disk is full")
 
     monkeypatch.setattr(AuditLog, "append", refuse)

@@ -49,8 +49,12 @@ async def test_chat_records_one_entry_with_hashes_and_no_content(
     assert (entry.kind, entry.status, entry.code) == ("answer", 200, None)
     assert (entry.user, entry.role, entry.key_id) == ("ada", "customer", "customerkey1")
     assert (entry.model, entry.model_digest) == (MODEL, DIGEST)
-    assert entry.request_sha256 == hashlib.sha256(body).hexdigest()
-    assert entry.response_sha256 == hashlib.sha256(b'["Golden Gate Bridge"]').hexdigest()
+    (content,) = bench.audit.contents
+    assert content is not None
+    assert (content.request, content.response) == (None, None)
+    assert entry.request_sha256 == hashlib.sha256(content.salt + body).hexdigest()
+    answer = content.salt + b'["Golden Gate Bridge"]'
+    assert entry.response_sha256 == hashlib.sha256(answer).hexdigest()
     assert entry.verdict is not None
     assert entry.usage.completion == 3
     assert b"private" not in msgspec.json.encode(entry)
@@ -63,9 +67,11 @@ async def test_chat_with_content_recording_keeps_both_texts(bench: Bench) -> Non
     async with in_process(bench) as client:
         await client.post(CHAT, json=chat("a private question"))
 
-    (entry,) = bench.audit.entries
-    assert "a private question" in (entry.request or "")
-    assert entry.response == '["Golden Gate Bridge"]'
+    (content,) = bench.audit.contents
+    assert content is not None
+    assert b"a private question" in (content.request or b"")
+    assert content.response == b'["Golden Gate Bridge"]'
+    assert b"a private question" not in msgspec.json.encode(bench.audit.entries)
 
 
 async def test_chat_stream_sends_tokens_then_the_receipt(
@@ -81,9 +87,10 @@ async def test_chat_stream_sends_tokens_then_the_receipt(
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
     assert chunks[-1]["fortpoint"]["audit"]["index"] == 0
     assert all("usage" not in chunk for chunk in chunks)
-    assert bench.audit.entries[0].response_sha256 == (
-        hashlib.sha256(b'["Golden Gate Bridge"]').hexdigest()
-    )
+    (content,) = bench.audit.contents
+    assert content is not None
+    answer = content.salt + b'["Golden Gate Bridge"]'
+    assert bench.audit.entries[0].response_sha256 == hashlib.sha256(answer).hexdigest()
 
 
 async def test_chat_stream_with_usage_ends_with_a_usage_chunk(

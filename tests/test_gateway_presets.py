@@ -316,7 +316,7 @@ async def test_preset_that_cannot_be_recorded_is_not_kept(
 ) -> None:
     before = await save(gate)
 
-    async def full(entry: object) -> None:
+    async def full(entry: object, content: object) -> None:
         raise AuditUnavailable("the disk is full")
 
     monkeypatch.setattr(gate.bench.audit, "append", full)

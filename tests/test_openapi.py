@@ -67,7 +67,9 @@ def document() -> dict[str, Any]:
 def test_document_names_every_route_of_the_application(document: dict[str, Any]) -> None:
     routes = {route.path for route in create_app(_bench().services()).routes}
     documented = {
-        path.replace("{model}", "{model:path}").replace("{preset}", "{preset:str}")
+        path.replace("{model}", "{model:path}")
+        .replace("{preset}", "{preset:str}")
+        .replace("{request_id}", "{request_id:str}")
         for path in document["paths"]
     }
 

@@ -240,13 +240,35 @@ class Watch(_Section, frozen=True, kw_only=True):
     ] = 0.5
 
 
+class Store(_Section, frozen=True, kw_only=True):
+    """The database of keys, presets and the record."""
+
+    url: Annotated[
+        str,
+        Meta(
+            description="Where the address of a PostgreSQL database is, never the address itself, "
+            "which holds a password: `env:NAME` or `file:/path`. SQLite in the home where empty."
+        ),
+    ] = ""
+
+
 class Audit(_Section, frozen=True, kw_only=True):
     """The record."""
 
     record_content: Annotated[
         bool,
-        Meta(description="Also keep prompts and answers in the record, not only their hashes."),
+        Meta(
+            description="Also keep prompts and answers beside the record, not only their hashes; "
+            "`fortpoint audit erase` takes them out again."
+        ),
     ] = False
+    witnesses: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Keys of witnesses (`name+id+base64`, as `fortpoint audit witness` prints "
+            "its own) whose cosignatures the record takes and hands out."
+        ),
+    ] = ()
 
 
 class Vault(_Section, frozen=True, kw_only=True):
@@ -277,6 +299,7 @@ class Config(_Section, frozen=True, kw_only=True):
     guard: Guard = Guard()
     extraction: Extraction = Extraction()
     watch: Watch = Watch()
+    store: Store = Store()
     audit: Audit = Audit()
     vault: Vault = Vault()
 

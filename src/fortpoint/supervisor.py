@@ -29,6 +29,7 @@ from fortpoint.errors import ConfigError, EngineUnavailable
 from fortpoint.features.shipped import ARTEFACTS as SHIPPED
 from fortpoint.features.watched import watched
 from fortpoint.home import Home
+from fortpoint.store.address import address_variable
 from fortpoint.vault.model_folder import model_path
 
 _STOP_TIMEOUT_S = 8.0
@@ -39,7 +40,7 @@ _STEADY_S = 60.0  # a child that lived this long starts again without a longer p
 _HOPELESS = 2
 
 # What children get of our environment: nothing that may hold a secret, but for the gateway the
-# variables that ``upstream.api_keys`` names.
+# variables that ``upstream.api_keys`` and ``store.url`` name.
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "PYTHONWARNINGS")
 
 # Memory of finished requests goes back to the system; sequences come and go.
@@ -145,7 +146,7 @@ def gateway_child(config: Config, home: Home, listener: socket.socket) -> Child:
         *("--socket-fd", str(listener.fileno()), "--engine-socket", str(home.engine_socket)),
         *("--parent-pid", str(os.getpid()), "--config", msgspec.json.encode(config).decode()),
     )
-    environment = _environment() | _GATEWAY_ENV
+    environment = _environment() | _GATEWAY_ENV | _environment(address_variable(config))
     if is_upstream(config):
         environment |= _environment((*_CERTIFICATES, *key_variables(config.upstream)))
     return Child("gateway", command, environment, [listener.fileno()])

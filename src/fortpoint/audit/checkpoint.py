@@ -31,10 +31,10 @@ from fortpoint.errors import VerificationError
 MAX_NOTE_BYTES = 16 * 1024
 
 _ED25519 = b"\x01"  # signed-note's signature type
-_KEY_ID_BYTES = 4
-_DASH = "\N{EM DASH} "
+KEY_ID_BYTES = 4
+DASH = "\N{EM DASH} "
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
-_KEY_ID = re.compile(r"[0-9a-f]{8}")
+KEY_ID = re.compile(r"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class VerifierKey:
     def key_id(self) -> bytes:
         """signed-note: SHA-256(name || 0x0A || type || key), the first four bytes."""
         named = self.name.encode() + b"\n" + _ED25519 + self.public_bytes
-        return hashlib.sha256(named).digest()[:_KEY_ID_BYTES]
+        return hashlib.sha256(named).digest()[:KEY_ID_BYTES]
 
     def __str__(self) -> str:
         key = base64.b64encode(_ED25519 + self.public_bytes).decode("ascii")
@@ -71,11 +71,11 @@ class VerifierKey:
     def parse(cls, text: str) -> VerifierKey:
         """Read ``name+key id+base64 key``. Raises ``VerificationError``."""
         name, key_id, encoded = [*text.strip().split("+", 2), "", "", ""][:3]
-        key = _decode(encoded)
-        if not _is_key_name(name) or key is None or len(key) != 33 or key[:1] != _ED25519:
+        key = decode_base64(encoded)
+        if not is_key_name(name) or key is None or len(key) != 33 or key[:1] != _ED25519:
             raise VerificationError("this is not an Ed25519 verifier key (name+id+base64)")
         parsed = cls(name, key[1:])
-        if not _KEY_ID.fullmatch(key_id) or parsed.key_id.hex() != key_id:
+        if not KEY_ID.fullmatch(key_id) or parsed.key_id.hex() != key_id:
             raise VerificationError("the verifier key's id does not match its name and key")
         return parsed
 
@@ -84,19 +84,25 @@ class VerifierKey:
 
         Lines of other keys (witnesses) are ignored; one bad line of ours refuses the note.
         """
-        text, signatures = _split(note)
-        ours = [line for line in signatures if line.startswith(f"{_DASH}{self.name} ")]
+        text, signatures = split_note(note)
+        ours = [line for line in signatures if line.startswith(f"{DASH}{self.name} ")]
         found = False
         for line in ours:
-            data = _decode(line.removeprefix(f"{_DASH}{self.name} "))
-            if data is None or len(data) <= _KEY_ID_BYTES:
+            data = decode_base64(line.removeprefix(f"{DASH}{self.name} "))
+            if data is None or len(data) <= KEY_ID_BYTES:
                 raise VerificationError("a signature line cannot be read")
-            if data[:_KEY_ID_BYTES] == self.key_id:
-                self._verify(text, data[_KEY_ID_BYTES:])
+            if data[:KEY_ID_BYTES] == self.key_id:
+                self._verify(text, data[KEY_ID_BYTES:])
                 found = True
         if not found:
             raise VerificationError("no signature by the log's key")
         return text
+
+    def signed(self, line: str) -> bool:
+        """Whether a signature line says that it is by this key."""
+        prefix = f"{DASH}{self.name} "
+        data = decode_base64(line.removeprefix(prefix)) if line.startswith(prefix) else None
+        return data is not None and data[:KEY_ID_BYTES] == self.key_id
 
     def _verify(self, text: str, signature: bytes) -> None:
         try:
@@ -116,7 +122,7 @@ class Signer:
     """The private key of a log. It never shows itself."""
 
     def __init__(self, name: str, private_key: Ed25519PrivateKey) -> None:
-        if not _is_key_name(name):
+        if not is_key_name(name):
             raise ValueError("a key name has neither spaces nor plus signs")
         self._private_key = private_key
         self.verifier = VerifierKey(name, private_key.public_key().public_bytes_raw())
@@ -127,13 +133,14 @@ class Signer:
             raise ValueError("a note's text ends in one newline and has no blank line")
         signature = self.verifier.key_id + self._private_key.sign(text.encode())
         encoded = base64.b64encode(signature).decode("ascii")
-        return f"{text}\n{_DASH}{self.verifier.name} {encoded}\n".encode()
+        return f"{text}\n{DASH}{self.verifier.name} {encoded}\n".encode()
 
     def sign_checkpoint(self, size: int, root_hash: bytes) -> bytes:
         return self.sign(Checkpoint(self.verifier.name, size, root_hash).text())
 
 
-def _split(note: bytes) -> tuple[str, list[str]]:
+def split_note(note: bytes) -> tuple[str, list[str]]:
+    """A note's text and its signature lines. Raises ``VerificationError``."""
     try:
         # The last blank line divides: signature lines hold none.
         text, blank, signatures = note[:MAX_NOTE_BYTES].decode().rpartition("\n\n")
@@ -149,13 +156,14 @@ def _parse_checkpoint(text: str) -> Checkpoint:
     lines = text.removesuffix("\n").split("\n")
     if len(lines) < 3 or not all(lines) or not _SIZE.fullmatch(lines[1]):
         raise VerificationError("the note is not a checkpoint")
-    root = _decode(lines[2])
+    root = decode_base64(lines[2])
     if root is None or len(root) != HASH_BYTES:
         raise VerificationError("the checkpoint's root is not a SHA-256 hash")
     return Checkpoint(lines[0], int(lines[1]), root)
 
 
-def _decode(text: str) -> bytes | None:
+def decode_base64(text: str) -> bytes | None:
+    """None for what is not base64 in its one canonical spelling."""
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -164,5 +172,6 @@ def _decode(text: str) -> bytes | None:
     return data if base64.b64encode(data).decode("ascii") == text else None
 
 
-def _is_key_name(name: str) -> bool:
+def is_key_name(name: str) -> bool:
+    """signed-note: not empty, neither spaces nor plus signs."""
     return bool(name) and "+" not in name and name.isprintable() and not re.search(r"\s", name)

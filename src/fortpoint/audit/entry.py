@@ -2,18 +2,24 @@
 
 The bytes of an entry are canonical JSON (keys sorted, no spaces, UTF-8):
 
-    {"entry":{...},"index":17,"nonce":"9f...","version":1}
+    {"entry":{...},"index":17,"nonce":"9f...","version":2}
 
 ``index`` is inside, so that an entry that was moved is named. ``nonce`` is 16 random bytes:
 without it, the leaf hash of a short entry could be guessed by trying contents, and hashes
 are what one hands to others as proof.
+
+No entry holds what was asked or answered, only ``commitment``s to it. The salt, and the text
+where it is kept, lie beside the entry as its ``Content``, which can be erased: the entry and
+every proof stay as they are, and its hashes then say nothing about anything.
 
 An entry says what the gateway saw. It does not prove that the gateway told the truth.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+import time
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -22,8 +28,9 @@ import msgspec
 from fortpoint.errors import AuditUnavailable
 from fortpoint.types import Usage, Verdict
 
-VERSION = 1
+VERSION = 2
 NONCE_BYTES = 16
+SALT_BYTES = 32
 MAX_ENTRY_BYTES = 16 * 1024 * 1024
 
 Kind = Literal["answer", "refusal", "failure", "admin"]
@@ -51,14 +58,33 @@ class Inside(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     alerts: tuple[str, ...] = ()
 
 
+class Stage(msgspec.Struct, frozen=True):
+    """One step of a judgement: how long it took, and ``ok`` or ``failed``."""
+
+    name: str
+    milliseconds: float
+    outcome: str
+
+
+class PolicyUse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The guard's policy in force, the rules that decided, and what shadow rules would have."""
+
+    version: str
+    sha256: str
+    rules: tuple[str, ...] = ()
+    shadow: str | None = None
+    shadow_rules: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+
+
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the record.
 
     ``time`` is RFC 3339 in UTC with microseconds (``now()``). ``surface`` is the path or
     command used. ``code`` is the error's, where one was answered. ``request_sha256`` and
-    ``response_sha256`` are hexadecimal hashes of the bodies; ``request`` and ``response`` are
-    the contents themselves, only where ``audit.record_content`` is on. ``inside`` is absent
-    where the request asked for nothing there and no alert was raised.
+    ``response_sha256`` are commitments to the bodies under the salt of the entry's ``Content``
+    (in version 1, which had none, plain hashes). ``inside`` is absent where the request asked
+    for nothing there and no alert was raised, ``policy`` where there is no guard.
     """
 
     time: str
@@ -77,10 +103,20 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage = Usage()
     request_sha256: str | None = None
     response_sha256: str | None = None
-    request: str | None = None
-    response: str | None = None
     detail: str | None = None
     inside: Inside | msgspec.UnsetType = msgspec.UNSET
+    policy: PolicyUse | msgspec.UnsetType = msgspec.UNSET
+
+
+class Content(msgspec.Struct, frozen=True):
+    """What is kept beside an entry and can be erased.
+
+    ``request`` and ``response`` are there only where ``audit.record_content`` is on.
+    """
+
+    salt: bytes
+    request: bytes | None = None
+    response: bytes | None = None
 
 
 class Sealed(msgspec.Struct, frozen=True):
@@ -99,6 +135,23 @@ _decoder = msgspec.json.Decoder(Sealed)
 def now() -> str:
     """This moment, as ``Entry.time`` wants it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def new_request_id(prefix: str) -> str:
+    """``prefix``, the milliseconds since 1970 and 48 random bits, both hexadecimal.
+
+    Ids that were made one after the other lie beside each other in the database's index.
+    """
+    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}"
+
+
+def new_salt() -> bytes:
+    return secrets.token_bytes(SALT_BYTES)
+
+
+def commitment(salt: bytes, data: bytes) -> str:
+    """SHA-256(salt || data), hexadecimal: shows nothing of ``data`` without the salt."""
+    return hashlib.sha256(salt + data).hexdigest()
 
 
 def encode(entry: Entry) -> bytes:
@@ -126,6 +179,6 @@ def unseal(data: bytes) -> Sealed:
         sealed = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise ValueError("not an entry") from None
-    if sealed.version != VERSION:
+    if not 1 <= sealed.version <= VERSION:
         raise ValueError("an entry of a newer version")
     return sealed

@@ -8,6 +8,9 @@ A ``Frontier`` keeps the roots of the perfect subtrees that the leaves so far fa
 most one for each bit of ``size``, largest first). That is all that appending and the root
 need, so neither ever reads an older leaf: both take O(log n).
 
+A ``Node`` is the root of a perfect subtree. ``grow`` gives those of every eighth level as they
+become whole: kept, they are what a proof needs in place of all leaves (``audit.proofs``).
+
 A tree proves nothing by itself: whoever changes a leaf can compute a new root. The signed
 checkpoints in ``audit.checkpoint`` are what binds it.
 """
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 
 HASH_BYTES = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()
+STRIDE = 8  # levels between the nodes that are kept
 
 
 def leaf_hash(entry: bytes) -> bytes:
@@ -33,6 +37,15 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """The root of the perfect subtree over leaves ``number << height`` and what follows."""
+
+    height: int
+    number: int
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Frontier:
     """The right edge of a tree of ``size`` leaves."""
 
@@ -41,13 +54,21 @@ class Frontier:
 
     def extend(self, leaf_hashes: Iterable[bytes]) -> Frontier:
         """The frontier after these leaves."""
+        return self.grow(leaf_hashes, [])
+
+    def grow(self, leaf_hashes: Iterable[bytes], nodes: list[Node]) -> Frontier:
+        """The frontier after these leaves; the nodes to keep that they made whole are added."""
         size, hashes = self.size, list(self.hashes)
+        sha256 = hashlib.sha256
         for leaf in leaf_hashes:
             # Every trailing one bit of the size is a subtree that this leaf makes whole.
-            carry, ones = leaf, size
+            carry, ones, height = leaf, size, 0
             while ones & 1:
-                carry = node_hash(hashes.pop(), carry)
+                carry = sha256(b"\x01" + hashes.pop() + carry).digest()
                 ones >>= 1
+                height += 1
+                if height % STRIDE == 0:
+                    nodes.append(Node(height, size >> height, carry))
             hashes.append(carry)
             size += 1
         return Frontier(size, tuple(hashes))

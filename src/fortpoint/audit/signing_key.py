@@ -49,8 +49,8 @@ def load_or_create(home: Path, *, may_create: bool) -> Signer:
                     f"the record's signing key keys/{PRIVATE_NAME} is missing; restore it"
                 )
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _create(private)
-        signer = _load(private)
+            create_private(private)
+        signer = _signer(load_private(private))
         _publish(folder / PUBLIC_NAME, signer.verifier)
     except OSError as error:
         raise AuditUnavailable(f"the record's signing key: {error.strerror}") from None
@@ -71,27 +71,32 @@ def load_public(home: Path) -> VerifierKey:
     return VerifierKey.parse(text)
 
 
-def _create(private: Path) -> None:
+def create_private(private: Path) -> None:
+    """A new Ed25519 key in a file for its owner only. Raises ``OSError``."""
     pem = Ed25519PrivateKey.generate().private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
     )
     _write_once(private, pem, 0o600)
 
 
-def _load(private: Path) -> Signer:
+def load_private(private: Path) -> Ed25519PrivateKey:
+    """Raises ``AuditUnavailable`` for a file that others may read, or that holds no such key."""
+    name = f"{private.parent.name}/{private.name}"
     descriptor = os.open(private, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     with open(descriptor, "rb") as file:
         if os.fstat(descriptor).st_mode & 0o077:
-            raise AuditUnavailable(
-                f"keys/{PRIVATE_NAME} may be read by other users; make it yours: chmod 600"
-            )
+            raise AuditUnavailable(f"{name} may be read by other users; make it yours: chmod 600")
         pem = file.read(_MAX_FILE_BYTES)
     try:
         key = load_pem_private_key(pem, password=None)
     except (ValueError, TypeError):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise AuditUnavailable(f"keys/{PRIVATE_NAME} is not an Ed25519 private key")
+        raise AuditUnavailable(f"{name} is not an Ed25519 private key")
+    return key
+
+
+def _signer(key: Ed25519PrivateKey) -> Signer:
     log_id = hashlib.sha256(key.public_key().public_bytes_raw()).hexdigest()
     return Signer(_ORIGIN_PREFIX + log_id[:_LOG_ID_HEX_CHARS], key)
 

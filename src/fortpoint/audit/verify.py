@@ -6,16 +6,17 @@ The plan, for every entry in order:
 2. Its leaf hash is the hash of its bytes, and its bytes say the same index.
 3. Where a checkpoint has this size, its signature verifies, its columns say what was signed,
    and its root is the root over all entries so far.
+4. The nodes that proofs are made of are those of this tree.
 
 and at the end:
 
-4. The newest checkpoint covers exactly the entries there are.
-5. A checkpoint that the auditor kept elsewhere, if given, has the root the log had then.
+5. The newest checkpoint covers exactly the entries there are.
+6. A checkpoint that the auditor kept elsewhere, if given, has the root the log had then.
 
     report = verify(home / "fortpoint.db", load_public(home))
     report.entries
 
-What this cannot show: a home that was put back to an older state as a whole, unless step 5
+What this cannot show: a home that was put back to an older state as a whole, unless step 6
 is given something to compare with; and a history signed anew by whoever holds the private
 key, for which the same holds. ``scripts/verify_audit.py`` does the same with none of this
 code.
@@ -29,11 +30,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import msgspec
+from sqlalchemy import URL
 
 from fortpoint.audit.checkpoint import Checkpoint, VerifierKey
 from fortpoint.audit.entry import unseal
-from fortpoint.audit.merkle import Frontier, leaf_hash
-from fortpoint.audit.snapshot import CheckpointRow, EntryRow, Snapshot, Unreadable
+from fortpoint.audit.merkle import Frontier, Node, leaf_hash
+from fortpoint.audit.snapshot import CheckpointRow, EntryRow, NodeRow, Unreadable, snapshot_of
 from fortpoint.errors import VerificationError
 
 Progress = Callable[[int, int], None]
@@ -54,31 +56,32 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def verify(
-    path: Path,
+    where: Path | URL,
     key: VerifierKey,
     *,
     kept: Checkpoint | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
-    """Verify the log in the SQLite file ``path``. Raises ``VerificationError``.
+    """Verify the log in an SQLite file or on a server. Raises ``VerificationError``.
 
     The error's ``param`` is ``entries[n]`` where one entry can be named. ``kept`` is an older
     checkpoint, already opened with ``key``. ``on_progress`` gets entries done and in all.
     """
-    with Snapshot(path) as snapshot:
+    with snapshot_of(where) as snapshot:
         total = snapshot.newest_size() if on_progress else 0
         entries = _counted(snapshot.entries(), total, on_progress)
-        return check(entries, snapshot.checkpoints(), key, kept)
+        return check(entries, snapshot.checkpoints(), snapshot.nodes(), key, kept)
 
 
 def check(
     entries: Iterable[EntryRow],
     checkpoints: Iterable[CheckpointRow],
+    nodes: Iterable[NodeRow],
     key: VerifierKey,
     kept: Checkpoint | None = None,
 ) -> Report:
     """The rules, apart from where the rows come from. Raises ``VerificationError``."""
-    walk = _Walk(key, kept, iter(checkpoints))
+    walk = _Walk(key, kept, iter(checkpoints), iter(nodes))
     walk.compare_kept()
     try:
         for row in entries:
@@ -92,7 +95,11 @@ class _Walk:
     """Where the verification is: the tree so far, and up to where a checkpoint vouches."""
 
     def __init__(
-        self, key: VerifierKey, kept: Checkpoint | None, checkpoints: Iterator[CheckpointRow]
+        self,
+        key: VerifierKey,
+        kept: Checkpoint | None,
+        checkpoints: Iterator[CheckpointRow],
+        nodes: Iterator[NodeRow],
     ) -> None:
         self.key = key
         self.kept = kept
@@ -100,13 +107,17 @@ class _Walk:
         self.vouched = 0  # entries under a good checkpoint
         self.n_checkpoints = 0
         self._checkpoints = checkpoints
+        self._nodes = nodes
         self._next = self._advance()
         self._last: EntryRow | None = None
 
     def step(self, row: EntryRow) -> None:
         leaf = self._check_entry(row)
-        self.frontier = self.frontier.extend([leaf])
+        made: list[Node] = []
+        self.frontier = self.frontier.grow((leaf,), made)
         self._last = row
+        for node in made:
+            self._check_node(node)
         size = self.frontier.size
         if self._next is not None and self._next.size == size:
             self._check_checkpoint(self._next)
@@ -137,6 +148,8 @@ class _Walk:
                 f"{self.kept.size} entries, the log ends after {size}",
                 size,
             )
+        if (stray := self._next_node()) is not None:
+            _bad(f"the tree has a node too many, {_named(stray.number)}: proofs are wrong", size)
         root = self.frontier.root().hex()
         return Report(self.key.name, size, self.n_checkpoints, root)
 
@@ -199,6 +212,24 @@ class _Walk:
             _bad(f"{what} was changed: its stored frontier does not match", self.vouched)
         self.vouched = size
         self.n_checkpoints += 1
+
+    def _check_node(self, node: Node) -> None:
+        """Step 4."""
+        row = self._next_node()
+        stored = None if row is None else (row.height, row.number, row.hash)
+        if stored != (node.height, node.number, node.hash):
+            start = node.number << node.height
+            _bad(
+                f"the tree's node over {_entries(start, start + (1 << node.height))} was changed "
+                "or is missing: proofs are wrong, the entries are as recorded",
+                start,
+            )
+
+    def _next_node(self) -> NodeRow | None:
+        try:
+            return next(self._nodes, None)
+        except Unreadable as damage:
+            _bad(f"the tree's nodes: {damage.message}", self.frontier.size)
 
     def _advance(self) -> CheckpointRow | None:
         try:

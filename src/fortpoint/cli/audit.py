@@ -1,6 +1,6 @@
-"""``fortpoint audit``: verify the record, show its newest entries, print its checkpoint.
+"""``fortpoint audit``: verify the record, show, export and witness it, erase what was said.
 
-Verifying opens the database read-only and may run beside a serving gateway.
+Verifying and exporting open the database read-only and may run beside a serving gateway.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fortpoint.cli import audit_witness
 from fortpoint.errors import NotFound, VerificationError
 
 if TYPE_CHECKING:
+    from sqlalchemy import URL
+
     from fortpoint.audit.checkpoint import Checkpoint, VerifierKey
     from fortpoint.audit.entry import Entry
     from fortpoint.audit.history import Recorded
+    from fortpoint.store.location import Location
 
-app = typer.Typer(help="Verify and read the record.", no_args_is_help=True)
+app = typer.Typer(help="Verify, read and witness the record.", no_args_is_help=True)
+app.command("witness")(audit_witness.witness)
 
 _PROGRESS_FROM = 20_000  # entries; below, verifying is over before a bar is drawn
 _MAX_FILE_BYTES = 16 * 1024
@@ -54,15 +59,14 @@ def verify(
     from fortpoint.audit.checkpoint import VerifierKey
     from fortpoint.audit.signing_key import load_public
 
-    folder = _state(home)
+    location = _location(home)
+    folder = location.state
     try:
-        database = folder / "fortpoint.db"
-        if not database.exists():
-            raise VerificationError(f"there is no log in {folder.parent}")
+        where = _where(location)
         key = VerifierKey.parse(public_key) if public_key else load_public(folder)
         kept = _kept(checkpoint, key)
         with _progress() as on_progress:
-            report = verification.verify(database, key, kept=kept, on_progress=on_progress)
+            report = verification.verify(where, key, kept=kept, on_progress=on_progress)
     except VerificationError as error:
         if as_json:
             failure = {"verified": False, "error": error.message, "at": error.param}
@@ -91,7 +95,7 @@ def show(
 
     import msgspec
 
-    records = asyncio.run(_recent(_state(home), limit))
+    records = asyncio.run(_recent(_location(home), limit))
     if as_json:
         typer.echo(msgspec.json.encode(records).decode())
     elif records:
@@ -108,9 +112,9 @@ def checkpoint(as_json: Json = False, home: Home = None) -> None:
 
     from fortpoint.audit.signing_key import load_public
 
-    folder = _state(home)
-    note = asyncio.run(_newest_checkpoint(folder))
-    opened = load_public(folder).open_checkpoint(note)
+    location = _location(home)
+    note = asyncio.run(_newest_checkpoint(location))
+    opened = load_public(location.state).open_checkpoint(note)
     if not as_json:
         typer.echo(note.decode(), nl=False)
         return
@@ -123,11 +127,69 @@ def checkpoint(as_json: Json = False, home: Home = None) -> None:
     typer.echo(json.dumps(fields))
 
 
-def _state(home: Path | None) -> Path:
-    """The folder of the database and the log's keys."""
-    from fortpoint.config import load
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
+    as_json: Json = False,
+    home: Home = None,
+) -> None:
+    """Write the whole log to a file that scripts/verify_audit.py verifies elsewhere.
 
-    return load(flags=() if home is None else (f"home={home}",)).state_path
+    Entries and checkpoints, as the log has them; none of what was asked and answered.
+    """
+    import msgspec
+
+    from fortpoint.audit.export import export as write
+
+    with _progress() as on_progress:
+        exported = write(_where(_location(home)), file, on_progress)
+    if as_json:
+        typer.echo(msgspec.json.encode(exported).decode())
+        return
+    typer.echo(
+        f"Exported: {exported.entries} entries, {exported.checkpoints} checkpoints\n  {file}"
+    )
+
+
+@app.command()
+def erase(
+    request_id: Annotated[str, typer.Argument(help="As an answer's x-request-id has it.")],
+    as_json: Json = False,
+    home: Home = None,
+) -> None:
+    """Erase what a request asked and was answered, and the salt of its hashes.
+
+    Its entry and every proof stay valid, and say nothing of it any more. The erasure is itself
+    recorded. Backups that were made before are out of reach.
+    """
+    import asyncio
+    import json
+
+    scrubbed = asyncio.run(_erase(_location(home), request_id))
+    if as_json:
+        typer.echo(json.dumps({"erased": request_id, "scrubbed": scrubbed}))
+        return
+    typer.echo(f"Erased: the content of {request_id}")
+    if not scrubbed:
+        typer.echo("  the write-ahead log still has it; a later checkpoint overwrites that")
+
+
+def _location(home: Path | None) -> Location:
+    """Where the database is, and the folder of the log's keys."""
+    from fortpoint.config import load
+    from fortpoint.store.location import locate
+
+    return locate(load(flags=() if home is None else (f"home={home}",)))
+
+
+def _where(location: Location) -> Path | URL:
+    """What a snapshot is taken of."""
+    if location.url is not None:
+        return location.url
+    database = location.state / "fortpoint.db"
+    if not database.exists():
+        raise VerificationError(f"there is no log in {location.state.parent}")
+    return database
 
 
 def _kept(path: Path | None, key: VerifierKey) -> Checkpoint | None:
@@ -142,12 +204,11 @@ def _kept(path: Path | None, key: VerifierKey) -> Checkpoint | None:
         raise VerificationError(f"{path}: {error.message}") from None
 
 
-async def _recent(state: Path, limit: int) -> tuple[Recorded, ...]:
+async def _recent(location: Location, limit: int) -> tuple[Recorded, ...]:
     from fortpoint.audit.history import recent
-    from fortpoint.store.database import Database
 
-    _check_present(state)
-    database = Database.in_home(state)
+    _check_present(location)
+    database = location.open()
     try:
         await database.migrate()
         return await recent(database, limit)
@@ -155,12 +216,30 @@ async def _recent(state: Path, limit: int) -> tuple[Recorded, ...]:
         await database.close()
 
 
-async def _newest_checkpoint(state: Path) -> bytes:
-    from fortpoint.audit.history import newest_checkpoint
-    from fortpoint.store.database import Database
+async def _erase(location: Location, request_id: str) -> bool:
+    """Together with its record, or not at all. Whether it has left the files too."""
+    from fortpoint.audit.erasure import check_erasable
+    from fortpoint.audit.erasure import erase as erase_content
+    from fortpoint.cli import record
+    from fortpoint.store.tables import audit_contents
 
-    _check_present(state)
-    database = Database.in_home(state)
+    _check_present(location)
+    async with record.opened(location) as (database, log):
+        await database.read(lambda connection: check_erasable(connection, request_id))
+        await record.append(
+            log,
+            "cli audit erase",
+            f"content of {request_id} erased",
+            also=lambda connection: erase_content(connection, request_id),
+        )
+        return await database.scrub(audit_contents)
+
+
+async def _newest_checkpoint(location: Location) -> bytes:
+    from fortpoint.audit.history import newest_checkpoint
+
+    _check_present(location)
+    database = location.open()
     try:
         await database.migrate()
         return await newest_checkpoint(database)
@@ -168,9 +247,9 @@ async def _newest_checkpoint(state: Path) -> bytes:
         await database.close()
 
 
-def _check_present(state: Path) -> None:
-    if not (state / "fortpoint.db").exists():
-        raise NotFound(f"there is no log in {state.parent}")
+def _check_present(location: Location) -> None:
+    if location.url is None and not (location.state / "fortpoint.db").exists():
+        raise NotFound(f"there is no log in {location.state.parent}")
 
 
 @contextmanager

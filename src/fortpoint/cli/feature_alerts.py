@@ -52,9 +52,9 @@ async def _read(
 ) -> tuple[tuple[Alert, ...], tuple[FeatureCount, ...]]:
     from fortpoint.config import load
     from fortpoint.gateway.watch_ledger import WatchLedger
-    from fortpoint.store.database import Database
+    from fortpoint.store.location import locate
 
-    database = Database.in_home(load().state_path)
+    database = locate(load()).open()
     try:
         await database.migrate()
         ledger = WatchLedger(database)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fortpoint.access.keys import KeyRecord, NewKey, RoleName
+    from fortpoint.store.location import Location
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
@@ -92,13 +93,13 @@ def revoke(
 
 
 async def create_recorded(
-    state: Path, user: str, role: RoleName, expires_at: datetime | None
+    where: Path | Location, user: str, role: RoleName, expires_at: datetime | None
 ) -> NewKey:
-    """A new key in the home's ``state`` folder, recorded before it is returned."""
+    """A new key of the home (``record.opened``), recorded before it is returned."""
     from fortpoint.access.keys import KeyRing
     from fortpoint.cli import record
 
-    async with record.opened(state) as (database, log):
+    async with record.opened(where) as (database, log):
         keyring = KeyRing(database)
         new = await keyring.create(user, role, expires_at)
         until = f", expires {_moment(expires_at)}" if expires_at else ""
@@ -116,9 +117,9 @@ async def create_recorded(
 async def _list() -> tuple[KeyRecord, ...]:
     from fortpoint.access.keys import KeyRing
     from fortpoint.config import load
-    from fortpoint.store.database import Database
+    from fortpoint.store.location import locate
 
-    database = Database.in_home(load().state_path)
+    database = locate(load()).open()
     try:
         await database.migrate()
         return await KeyRing(database).list()

@@ -168,9 +168,9 @@ async def _list() -> tuple[PresetCard, ...]:
     from fortpoint.access.presets import PresetBook
     from fortpoint.config import load
     from fortpoint.gateway import presets
-    from fortpoint.store.database import Database
+    from fortpoint.store.location import locate
 
-    database = Database.in_home(load().state_path)
+    database = locate(load()).open()
     try:
         await database.migrate()
         return tuple(presets.card(one) for one in await PresetBook(database).list())

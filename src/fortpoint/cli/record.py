@@ -7,30 +7,34 @@ async with opened(state) as (database, log):
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sqlalchemy import Connection
+
+    from fortpoint.audit.entry import Content
     from fortpoint.audit.log import AuditLog
     from fortpoint.store.database import Database
+    from fortpoint.store.location import Location
 
 
 @asynccontextmanager
-async def opened(state: Path) -> AsyncIterator[tuple[Database, AuditLog]]:
-    """The database and the log of a home's ``state`` folder.
+async def opened(where: Path | Location) -> AsyncIterator[tuple[Database, AuditLog]]:
+    """The database and the log of a home, by its ``state`` folder or where they are.
 
     The log is opened before anything is done: without a record, nothing is changed.
     """
     from fortpoint.audit.log import AuditLog
-    from fortpoint.store.database import Database
 
-    database = Database.in_home(state)
+    location = located(where)
+    database = location.open()
     try:
         await database.migrate()
-        log = await AuditLog.open(database, state)
+        log = await AuditLog.open(database, location.state)
         try:
             yield database, log
         finally:
@@ -39,24 +43,41 @@ async def opened(state: Path) -> AsyncIterator[tuple[Database, AuditLog]]:
         await database.close()
 
 
-async def append(log: AuditLog, surface: str, detail: str, **more: Any) -> None:
-    """One entry of a command; ``more`` are further fields of it. Raises ``AuditUnavailable``."""
-    import secrets
+def located(where: Path | Location) -> Location:
+    """The location itself, or that of the home whose ``state`` folder this is."""
+    from pathlib import Path
 
-    from fortpoint.audit.entry import Entry, now
+    from fortpoint.config import load
+    from fortpoint.store.location import locate
+
+    return locate(load(flags=[f"home={where.parent}"])) if isinstance(where, Path) else where
+
+
+async def append(
+    log: AuditLog,
+    surface: str,
+    detail: str,
+    content: Content | None = None,
+    also: Callable[[Connection], None] | None = None,
+    **more: Any,
+) -> None:
+    """One entry of a command; ``more`` are further fields of it. Raises ``AuditUnavailable``."""
+    from fortpoint.audit.entry import Entry, new_request_id, now
 
     await log.append(
         Entry(
             time=now(),
             kind="admin",
-            request_id=f"cli_{secrets.token_hex(12)}",
+            request_id=new_request_id("cli"),
             surface=surface,
             user=login(),
             role="operator",
             status=200,
             detail=detail,
             **more,
-        )
+        ),
+        content,
+        also,
     )
 
 

@@ -24,6 +24,7 @@ from fortpoint.engine.upstream.target import Target, load_targets
 from fortpoint.errors import ConfigError
 from fortpoint.features.watched import watched
 from fortpoint.home import Home
+from fortpoint.store.address import read_address
 
 _FIRST_USER = "first-customer"
 
@@ -62,10 +63,11 @@ def _serve(config: Config, home: Home) -> int:
     # What is wrong with the upstreams and what is watched is said here, before anything runs.
     targets = load_targets(config.upstream) if is_upstream(config) else ()
     watched(config)
+    read_address(config)
     listener = supervisor.listen(config.server.host, config.server.port)
     if runs_a_model(config):
         _fetch(config.engine.model, home)
-    first_key = _made_first_key(home)
+    first_key = _made_first_key(config)
     host, port = listener.getsockname()[:2]
     address = f"http://{config.server.host}:{port}"
 
@@ -103,24 +105,25 @@ def probes(config: Config) -> Path | None:
     return Path(str(resources.files("fortpoint.guard"))) / "artefacts" / "probes"
 
 
-def _made_first_key(home: Home) -> str | None:
+def _made_first_key(config: Config) -> str | None:
     """In a process that ends: the database's library would stay in this one, at 40 MB."""
     method = "fork" if sys.platform == "linux" else "spawn"
     with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as processes:
-        return processes.submit(_run_first_key, home).result()
+        return processes.submit(_run_first_key, config).result()
 
 
-def _run_first_key(home: Home) -> str | None:
-    return asyncio.run(_first_key(home))
+def _run_first_key(config: Config) -> str | None:
+    return asyncio.run(_first_key(config))
 
 
-async def _first_key(home: Home) -> str | None:
+async def _first_key(config: Config) -> str | None:
     """A customer's key when there is none at all; recorded before it is shown."""
     from fortpoint.access.keys import KeyRing
     from fortpoint.cli.key import create_recorded
-    from fortpoint.store.database import Database
+    from fortpoint.store.location import locate
 
-    database = Database.in_home(home.state)
+    location = locate(config)
+    database = location.open()
     try:
         await database.migrate()
         empty = await KeyRing(database).is_empty()
@@ -128,7 +131,7 @@ async def _first_key(home: Home) -> str | None:
         await database.close()
     if not empty:
         return None
-    return (await create_recorded(home.state, _FIRST_USER, "customer", None)).secret
+    return (await create_recorded(location, _FIRST_USER, "customer", None)).secret
 
 
 @dataclass(frozen=True)

@@ -181,13 +181,12 @@ async def _record(
     state: Path, model: Description, wish: Wish, strengths: Sequence[float | None]
 ) -> None:
     """What is asked for, before it is: the guard does not stand in this way."""
-    import hashlib
-
-    from fortpoint.audit.entry import Inside
+    from fortpoint.audit.entry import Content, Inside, commitment, new_salt
     from fortpoint.cli import record
 
     given = ", ".join("none" if one is None else f"{one:g}" for one in strengths)
     detail = f"{wish.mode} {wish.target}, scope {wish.scope}, strengths {given}"
+    salt = new_salt()
     async with record.opened(state) as (_, log):
         await record.append(
             log,
@@ -195,7 +194,8 @@ async def _record(
             detail,
             model=model.model,
             model_digest=model.digest,
-            request_sha256=hashlib.sha256(wish.prompt.encode(errors="replace")).hexdigest(),
+            content=Content(salt),
+            request_sha256=commitment(salt, wish.prompt.encode(errors="replace")),
             inside=Inside(steers=sum(one is not None for one in strengths)),
         )
 

@@ -21,6 +21,7 @@ from litestar.types import ASGIApp
 from fortpoint.config import Config
 from fortpoint.engine.protocol import Generate, Sampling
 from fortpoint.gateway import (
+    audit_routes,
     chat,
     completions,
     embeddings,
@@ -283,6 +284,7 @@ def create_app(services: Services) -> Litestar:
             preset_routes.remove,
             watch_routes.list_alerts,
             watch_routes.list_statistics,
+            *audit_routes.HANDLERS,
             live,
             ready,
             show_metrics,

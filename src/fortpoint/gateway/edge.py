@@ -51,6 +51,11 @@ _SURFACES = frozenset(
         "/api/presets",
         "/api/alerts",
         "/api/features/stats",
+        "/api/audit/checkpoint",
+        "/api/audit/cosignature",
+        "/api/audit/entries",
+        "/api/audit/proof/consistency",
+        "/api/audit/proof/inclusion",
     }
 )
 
@@ -323,6 +328,8 @@ def _surface_of(path: str) -> tuple[str, bool]:
         return "/v1/models/{model}", audited
     if segments[:2] == ["api", "presets"] and len(segments) == 3:
         return "/api/presets/{preset}", audited
+    if segments[:3] == ["api", "audit", "requests"] and len(segments) == 4:
+        return "/api/audit/requests/{request_id}", audited
     return (f"/{segments[0]}/*" if audited else "other"), audited
 
 

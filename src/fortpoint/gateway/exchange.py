@@ -8,8 +8,6 @@ Resources of the request (its place, its engine stream) are released with it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -18,7 +16,14 @@ import msgspec
 from litestar.types import Scope
 
 from fortpoint.access.keys import Principal
-from fortpoint.audit.entry import Entry, Inside
+from fortpoint.audit.entry import (
+    Content,
+    Entry,
+    Inside,
+    commitment,
+    new_request_id,
+    new_salt,
+)
 from fortpoint.audit.log import Receipt
 from fortpoint.engine.protocol import Description, Done, Prefilled
 from fortpoint.errors import FortPointError
@@ -36,7 +41,7 @@ class Exchange:
         self.services = services
         self.surface = surface
         self.audited = audited
-        self.request_id = "req_" + secrets.token_hex(12)
+        self.request_id = new_request_id("req")
         self.arrived_at = time.time()
         self.started = time.monotonic()
         self.principal: Principal | None = None
@@ -50,8 +55,7 @@ class Exchange:
         self.detail: str | None = None
         self.request_sha256: str | None = None
         self.response_sha256: str | None = None
-        self.request: str | None = None
-        self.response: str | None = None
+        self.content = Content(new_salt())
         self.streaming = False
         self.fault: FortPointError | None = None
         self.receipt: Receipt | None = None
@@ -73,16 +77,16 @@ class Exchange:
 
     def asked(self, body: bytes) -> None:
         """Note what was asked: its hash, and the text where the operator keeps content."""
-        self.request_sha256 = hashlib.sha256(body).hexdigest()
+        self.request_sha256 = commitment(self.content.salt, body)
         if self.services.config.audit.record_content:
-            self.request = body.decode(errors="replace")
+            self.content = msgspec.structs.replace(self.content, request=body)
 
     def answers(self, parts: Sequence[object]) -> None:
-        """Note what is answered: the SHA-256 of the compact JSON array of its parts."""
+        """Note what is answered: a commitment to the compact JSON array of its parts."""
         content = wire.encode(parts)
-        self.response_sha256 = hashlib.sha256(content).hexdigest()
+        self.response_sha256 = commitment(self.content.salt, content)
         if self.services.config.audit.record_content:
-            self.response = content.decode()
+            self.content = msgspec.structs.replace(self.content, response=content)
 
     def count(self, prompt: int = 0, completion: int = 0) -> None:
         """Add tokens, as they are computed."""
@@ -129,7 +133,7 @@ class Exchange:
             await self.services.watch.settle(
                 self.sightings, self.request_id, self.principal.key_id, steered=steered
             )
-        return await self.services.audit.append(entry)
+        return await self.services.audit.append(entry, self.content)
 
     @property
     def recording(self) -> bool:

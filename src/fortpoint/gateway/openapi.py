@@ -15,7 +15,9 @@ import msgspec
 
 from fortpoint import __version__
 from fortpoint.access.presets import NAME_PATTERN
+from fortpoint.audit import prover
 from fortpoint.gateway import (
+    audit_routes,
     chat,
     completions,
     embeddings,
@@ -33,6 +35,7 @@ _REF = "#/components/schemas/{name}"
 _PATH_SCHEMAS = {
     "model": {"type": "string", "minLength": 1},
     "preset": {"type": "string", "pattern": NAME_PATTERN},
+    "request_id": {"type": "string", "pattern": "^[a-z]{3}_[0-9a-f]{24}$"},
 }
 
 _ASKS = (400, 401, 404, 413, 415, 429, 500, 502, 503, 504)
@@ -43,7 +46,7 @@ _MEANING = {
     "(`content_filter`).",
     401: "No key, or a wrong, revoked or expired one.",
     403: "The key's role may not do this, or not ask this of the model's inside.",
-    404: "No such model, preset or key.",
+    404: "No such model, preset, key or entry.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "The key has too many requests running.",
@@ -183,6 +186,65 @@ _OPERATIONS: Sequence[_Operation] = (
         None,
         (*_READS, 400, 403),
         query=watch_routes.StatisticsQuery,
+    ),
+    _Operation(
+        "/api/audit/checkpoint",
+        "get",
+        "showCheckpoint",
+        "The record's newest signed checkpoint, in the form of C2SP's tlog-checkpoint.",
+        "text/plain",
+        None,
+        (*_READS, 400, 404),
+        query=audit_routes.CheckpointQuery,
+    ),
+    _Operation(
+        "/api/audit/proof/inclusion",
+        "get",
+        "proveInclusion",
+        "Prove that an entry is in the record (RFC 9162).",
+        prover.Inclusion,
+        None,
+        (*_READS, 400, 404),
+        query=audit_routes.InclusionQuery,
+    ),
+    _Operation(
+        "/api/audit/proof/consistency",
+        "get",
+        "proveConsistency",
+        "Prove that the record continues an earlier state of it (RFC 9162).",
+        prover.Consistency,
+        None,
+        (*_READS, 400, 404),
+        query=audit_routes.ConsistencyQuery,
+    ),
+    _Operation(
+        "/api/audit/cosignature",
+        "post",
+        "addCosignature",
+        "Keep a witness's cosignature of a checkpoint.",
+        audit_routes.Cosigned,
+        audit_routes.CosignedCheckpoint,
+        _ASKS,
+    ),
+    _Operation(
+        "/api/audit/requests/{request_id}",
+        "get",
+        "proveRequest",
+        "One's own request as the record has it, with its proof.",
+        audit_routes.EntryProof,
+        None,
+        (*_READS, 400, 404),
+        query=audit_routes.CheckpointQuery,
+    ),
+    _Operation(
+        "/api/audit/entries",
+        "get",
+        "listEntries",
+        "The record's entries in order (auditors and operators only).",
+        audit_routes.EntryList,
+        None,
+        (*_READS, 400, 403, 404),
+        query=audit_routes.EntriesQuery,
     ),
     _Operation("/health/live", "get", "live", "This process answers.", health.Health, open=True),
     _Operation(

@@ -22,7 +22,8 @@ _WHOLE = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 
 def query(request: Request[Any, Any, Any], kind: type[_T]) -> _T:
     """The parameters as ``kind`` says. Raises ``InvalidRequest``."""
-    known, given = get_type_hints(kind), request.query_params
+    hints, given = get_type_hints(kind), request.query_params
+    known = {field.encode_name: hints[field.name] for field in msgspec.structs.fields(kind)}
     values: dict[str, str | int] = {}
     for name in given:
         if name not in known:

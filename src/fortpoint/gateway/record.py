@@ -58,8 +58,6 @@ def _entry(
         usage=exchange.usage,
         request_sha256=exchange.request_sha256,
         response_sha256=exchange.response_sha256,
-        request=exchange.request,
-        response=exchange.response,
         detail=detail,
         inside=_inside(exchange),
     )

@@ -36,6 +36,7 @@ from fortpoint import hardening
 from fortpoint.access.keys import KeyRing
 from fortpoint.access.presets import PresetBook
 from fortpoint.audit.log import AuditLog
+from fortpoint.audit.prover import Prover, known_witnesses
 from fortpoint.config import Config
 from fortpoint.engine.client import Engine, EngineClient
 from fortpoint.engine.upstream.observer import is_upstream, reads_along
@@ -44,7 +45,7 @@ from fortpoint.errors import ConfigError, FortPointError, SandboxError, Verifica
 from fortpoint.gateway.app import create_app
 from fortpoint.gateway.services import Services
 from fortpoint.gateway.watch_ledger import WatchLedger
-from fortpoint.store.database import Database
+from fortpoint.store.location import Location, locate
 
 _GRACE_S = 4
 _LAST_WORDS_S = 1.0
@@ -66,21 +67,26 @@ def run(config: Config, socket_fd: int, engine_socket: Path, parent_pid: int | N
     keys are read before that, for the files that may hold them are out of reach after it.
     """
     targets = load_targets(config.upstream) if is_upstream(config) else ()
+    location = locate(config)
     if parent_pid is not None:
-        _confine(config, parent_pid, targets)
+        _confine(config, parent_pid, targets, location)
     with (
         socket.socket(fileno=socket_fd) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         listener.setblocking(False)
-        runner.run(serve(config, listener, engine_socket, targets))
+        runner.run(serve(config, listener, engine_socket, targets, location))
 
 
 async def serve(
-    config: Config, listener: socket.socket, engine_socket: Path, targets: Sequence[Target] = ()
+    config: Config,
+    listener: socket.socket,
+    engine_socket: Path,
+    targets: Sequence[Target] = (),
+    location: Location | None = None,
 ) -> None:
     """The same on a socket at hand, inside a running loop."""
-    async with real_services(config, engine_socket, targets) as services:
+    async with real_services(config, engine_socket, targets, location) as services:
         _collect_rarely()
         server = _Server(
             uvicorn.Config(
@@ -124,14 +130,17 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def real_services(
-    config: Config, engine_socket: Path, targets: Sequence[Target] = ()
+    config: Config,
+    engine_socket: Path,
+    targets: Sequence[Target] = (),
+    location: Location | None = None,
 ) -> AsyncIterator[Services]:
     """Everything behind the gateway, closed in reverse order: engine, log, database."""
     # Loading numpy starts threads, and confining files must come before the first of them.
     from fortpoint.guard.guard import Guard
 
     async with contextlib.AsyncExitStack() as stack:
-        database = Database.in_home(config.state_path)
+        database = (location or locate(config)).open()
         stack.push_async_callback(database.close)
         await database.migrate()
         audit = await AuditLog.open(database, config.state_path)
@@ -147,6 +156,7 @@ async def real_services(
             audit,
             PresetBook(database),
             WatchLedger(database),
+            Prover(database, audit.verifier_key, known_witnesses(config.audit.witnesses)),
         )
         stack.push_async_callback(services.watch.flush)
         yield services
@@ -162,25 +172,31 @@ def _engine(config: Config, engine_socket: Path, targets: Sequence[Target]) -> E
     return UpstreamEngine(config.upstream, targets, observer, hardening.protections())
 
 
-def _confine(config: Config, parent_pid: int, targets: Sequence[Target]) -> None:
+def _confine(
+    config: Config, parent_pid: int, targets: Sequence[Target], location: Location
+) -> None:
     """Keep only the state folder: neither the weights nor anything else of the home.
 
-    With upstreams also what names and certificates need, and TCP to the upstreams' ports.
+    With upstreams or a database server also what names and certificates need, and TCP to the
+    ports of these.
     """
+    named = bool(targets) or location.is_named
+    ports = {*_ports(targets), *([location.port] if location.port else [])}
+    ports |= {_DNS_PORT} if location.is_named else set()
     config.state_path.mkdir(mode=0o700, parents=True, exist_ok=True)
     hardening.harden_process(parent_pid=parent_pid)
     hardening.confine_files(
         read=[
             *hardening.python_paths(),
             *hardening.runtime_paths(),
-            *(hardening.outbound_paths() if targets else ()),
+            *(hardening.outbound_paths() if named else ()),
         ],
         write=[config.state_path],
-        connect=_ports(targets),
+        connect=sorted(ports),
     )
-    hardening.forbid_syscalls(hardening.GATEWAY_OUTBOUND if targets else hardening.GATEWAY)
+    hardening.forbid_syscalls(hardening.GATEWAY_OUTBOUND if ports else hardening.GATEWAY)
     if config.engine.sandbox == "require":
-        hardening.require_protections(sorted(_REQUIRED - ({"no_outbound"} if targets else set())))
+        hardening.require_protections(sorted(_REQUIRED - ({"no_outbound"} if ports else set())))
 
 
 def _collect_rarely() -> None:

@@ -13,8 +13,9 @@ from typing import Protocol
 
 from fortpoint.access.keys import Principal
 from fortpoint.access.presets import Assigned, Preset
-from fortpoint.audit.entry import Entry
+from fortpoint.audit.entry import Content, Entry
 from fortpoint.audit.log import Receipt
+from fortpoint.audit.prover import Prover
 from fortpoint.config import Config
 from fortpoint.engine.client import Engine
 from fortpoint.errors import ConfigError, NotFound, StorageError
@@ -35,7 +36,7 @@ class Keys(Protocol):
 class Audit(Protocol):
     """Returns when the entry is on disk; raises ``AuditUnavailable``."""
 
-    async def append(self, entry: Entry) -> Receipt: ...
+    async def append(self, entry: Entry, content: Content | None = None) -> Receipt: ...
 
 
 class Judge(Protocol):
@@ -114,7 +115,7 @@ class NoPresets:
 class Services:
     """``guard`` is None exactly when the configuration turns the guard off.
 
-    ``ledger`` may be None only where nothing is watched.
+    ``ledger`` may be None only where nothing is watched; ``prover`` where the log is elsewhere.
     """
 
     config: Config
@@ -124,6 +125,7 @@ class Services:
     audit: Audit
     presets: Presets = field(default_factory=NoPresets)
     ledger: Ledger | None = None
+    prover: Prover | None = None
     meter: Meter = field(default_factory=Meter)
     watch: FeatureWatch = field(init=False)
     places: Places = field(init=False)

@@ -3,6 +3,9 @@
 There is no ``alembic.ini`` and no ``env.py``: the steps are found beside this module, so that
 an installed wheel migrates like a checkout, and the caller's transaction is used, so that two
 processes that start together apply each step once or not at all.
+
+Steps form a tree, not a line: two that do not touch the same tables may both follow a third,
+and a database that has either of them gets the other.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ def upgrade(connection: Connection) -> None:
     script = ScriptDirectory.from_config(config)
 
     def steps(revision: Any, context: MigrationContext) -> Any:
-        return script._upgrade_revs("head", revision)
+        return script._upgrade_revs("heads", revision)
 
-    with EnvironmentContext(config, script, fn=steps, destination_rev="head") as environment:
+    with EnvironmentContext(config, script, fn=steps, destination_rev="heads") as environment:
         environment.configure(connection=connection, transactional_ddl=True)
         try:
             environment.run_migrations()
@@ -42,8 +45,8 @@ def upgrade(connection: Connection) -> None:
             ) from None
 
 
-def head() -> str | None:
-    """The newest step."""
+def heads() -> frozenset[str]:
+    """The newest steps: those that no other follows."""
     config = Config()
     config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
-    return ScriptDirectory.from_config(config).get_current_head()
+    return frozenset(ScriptDirectory.from_config(config).get_heads())

@@ -3,8 +3,9 @@
 The metadata is what the code queries with; the migrations are what makes the tables. A test
 compares the two. Names and types work on SQLite and PostgreSQL alike.
 
-``audit_entries`` and ``audit_checkpoints`` are only ever inserted into. Nothing here stops
-somebody who can write the file from changing them: the signed Merkle tree shows it.
+``audit_entries`` is only ever inserted into. Nothing here stops somebody who can write the
+file from changing it: the signed Merkle tree shows it. What may be erased of a request, its
+content and the salt of the entry's hashes, is apart from it in ``audit_contents``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Dialect,
     Float,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -53,6 +55,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 metadata = MetaData(
     naming_convention={
         "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
         "fk": "fk_%(table_name)s_%(column_0_name)s",
         "pk": "pk_%(table_name)s",
     }
@@ -89,6 +92,37 @@ audit_checkpoints = Table(
     Column("root_hash", LargeBinary(32), nullable=False),
     Column("frontier", LargeBinary(), nullable=False),
     Column("note", LargeBinary(), nullable=False),
+)
+
+# The roots of perfect subtrees at every eighth level, for proofs (``audit.merkle.Node``).
+audit_nodes = Table(
+    "audit_nodes",
+    metadata,
+    Column("height", Integer(), primary_key=True, autoincrement=False),
+    Column("number", BigInteger(), primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary(32), nullable=False),
+)
+
+# Beside an entry: how to find it, and what ``fortpoint audit erase`` sets to null.
+audit_contents = Table(
+    "audit_contents",
+    metadata,
+    Column("index", _Index, primary_key=True, autoincrement=False),
+    Column("request_id", LargeBinary(64)),
+    Column("salt", LargeBinary(32)),
+    Column("request", LargeBinary()),
+    Column("response", LargeBinary()),
+    Index(None, "request_id"),
+)
+
+# Checkpoints that witnesses cosigned; ``key_id`` is the witness's, ``line`` its signature line.
+audit_cosignatures = Table(
+    "audit_cosignatures",
+    metadata,
+    Column("size", _Index, primary_key=True, autoincrement=False),
+    Column("key_id", String(8), primary_key=True),
+    Column("note", LargeBinary(), nullable=False),
+    Column("line", LargeBinary(), nullable=False),
 )
 
 # Saved steering: ``steers`` is JSON, a list of the API's ``steer`` fields.
