@@ -1,7 +1,7 @@
 """``fortpoint steer``: ask the running model with a feature turned up, down or out.
 
-    fortpoint steer golden-gate --strength 6 "What do you like?"
-    fortpoint steer l15/1207 --strength 2,4,6 --compare "What do you like?"
+    fortpoint steer golden-gate --strength 1 "What do you like?"
+    fortpoint steer smollm2-135m-l9/4489 --strength 1,1.5,2 --compare "What do you like?"
 
 The operator's own tool: it asks the engine of this home over its socket, so the guard judges
 nothing. What was asked for is in the record before the first token is printed.
@@ -73,7 +73,7 @@ def steer(
         typer.Argument(help="A direction, <dictionary>/<index>, or words that name a feature."),
     ],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    strength: Annotated[str, typer.Option(help="In training maxima; several as 2,4,6.")] = "6",
+    strength: Annotated[str, typer.Option(help="In training maxima; several as 0.5,1,2.")] = "1",
     mode: Annotated[Mode, typer.Option(help="Set it, add to it, or remove it.")] = Mode.clamp,
     scope: Annotated[Scope, typer.Option(help="Everywhere, or in the answer only.")] = Scope.all,
     max_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Of each answer.")] = 128,
@@ -118,7 +118,7 @@ def parse_strengths(text: str, mode: Mode) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         raise InvalidRequest(
-            "a strength is a number, and several are written as 2,4,6", param="strength"
+            "a strength is a number, and several are written as 0.5,1,2", param="strength"
         ) from None
     if not all(math.isfinite(one) and abs(one) <= MAX_STRENGTH for one in found):
         raise InvalidRequest(
