@@ -179,3 +179,67 @@ feature_stats = Table(
     Column("maximum", Float(), nullable=False),
     Column("last_over_at", UtcDateTime()),
 )
+
+# A key (``key:...``) or a user (``user:...``) whose requests raised a risk, or whom an operator
+# judged. ``state`` is MessagePack of ``guard.account.Account``; ``generation`` counts operators'
+# decisions.
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("account", String(140), primary_key=True),
+    Column("status", String(16), nullable=False),
+    Column("generation", Integer(), nullable=False),
+    Column("reason", String(512), nullable=False),
+    Column("changed_at", UtcDateTime(), nullable=False),
+    Column("changed_by", String(128), nullable=False),
+    Column("updated_at", UtcDateTime(), nullable=False),
+    Column("state", LargeBinary(), nullable=False),
+)
+
+# What raised an account's risk, without any text. ``others`` are the accounts it concerns too.
+account_events = Table(
+    "account_events",
+    metadata,
+    Column("number", _Index, primary_key=True, autoincrement=True),
+    Column("account", String(140), nullable=False, index=True),
+    Column("time", UtcDateTime(), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("weight", Float(), nullable=False),
+    Column("request_id", String(40), nullable=False),
+    Column("detector", String(64)),
+    Column("score", Float()),
+    Column("family", String(24)),
+    Column("others", String(4096), nullable=False),
+)
+
+# Two accounts that attack with nearly the same prompts; ``account`` sorts before ``other``.
+account_links = Table(
+    "account_links",
+    metadata,
+    Column("account", String(140), primary_key=True),
+    Column("other", String(140), primary_key=True),
+    Column("family", String(24), nullable=False),
+    Column("times", Integer(), nullable=False),
+    Column("first_at", UtcDateTime(), nullable=False),
+    Column("last_at", UtcDateTime(), nullable=False),
+)
+
+# Prompts that were blocked, as keyed hashes; ``n`` and ``suspicion`` of all that were near them.
+known_attacks = Table(
+    "known_attacks",
+    metadata,
+    Column("family", String(24), primary_key=True),
+    Column("sketch", LargeBinary(), nullable=False),
+    Column("n", Float(), nullable=False),
+    Column("suspicion", Float(), nullable=False),
+    Column("blocked", Integer(), nullable=False),
+    Column("last_at", UtcDateTime(), nullable=False),
+)
+
+# The key of the sketches' hashes, and the digest of the policy that was last in force.
+guard_values = Table(
+    "guard_values",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", LargeBinary(), nullable=False),
+)
