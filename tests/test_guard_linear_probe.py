@@ -29,7 +29,7 @@ def test_readout_tokens_are_the_messages_own() -> None:
     assert readout.tokens_of(0).tolist() == values[2:5].tolist()
     tail = readout.tail_of(0)
     assert tail is not None
-    assert tail.tolist() == values[5:7].tolist()
+    assert tail.tolist() == values[6:7].tolist()
 
 
 def test_readout_tail_of_an_earlier_message_is_none() -> None:

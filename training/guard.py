@@ -3,143 +3,154 @@
     python -m training.guard --data ../shared/data --model ~/.fortpoint/models/smollm2-135m
 
 Reading the model takes long (see ``training.harvest``); the cache keeps what was read, and the
-same cache gives the same artefacts. ``--no-harvest`` trains on what the cache holds.
+same cache gives the same artefacts. ``--no-harvest`` trains on what the cache holds. The fitting
+itself is ``fortpoint.guard.training``, as for an operator's own examples.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
-from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 from fortpoint.guard.calibration import Calibration, Calibrations
-from fortpoint.guard.detector import tail_probe
 from fortpoint.guard.guard import ARTEFACTS
-from training import card, probes, text
-from training.calibrate import Evidence, calibrate
-from training.harvest import LAYERS, Activations, Cache, harvest
-from training.measure import Scored
-from training.rows import DETECTORS, Row, select
+from fortpoint.guard.training import probes, text_table
+from fortpoint.guard.training.examples import DETECTORS, Example
+from fortpoint.guard.training.figures import Scored
+from fortpoint.guard.training.folds import Folds
+from fortpoint.guard.training.joining import Evidence, calibrate
+from fortpoint.guard.training.run import Origin, fitted_probes, probe_files, table_file
+from fortpoint.vault.model_folder import open_model
+from training import card, folds
+from training.groups import BUDGETS
+from training.harvest import LAYERS, Cache, harvest
+from training.rows import Row, choose, select
 
-MODEL = "smollm2-135m"
+EVIDENCE = "evidence.npz.kept"  # beside the shards, which end in .npz
 
 
 @dataclass(frozen=True)
-class _Subset:
-    """The rows that were read, and where they are among the text model's rows."""
+class Read:
+    """The rows that were read inside the model, and where they are among the text model's."""
 
-    rows: list[Row]
     at: list[int]
+    examples: list[Example]
+    n_tokens: list[int]
     tokens: probes.Readings
     tail: probes.Readings
+    parts: Folds
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Detectors, and what models that never saw a row's family gave it."""
+
+    rows: list[Row]
+    examples: list[Example]
+    texts: text_table.Texts
+    read: Read
+    calibrations: dict[str, Calibration]
+    evidence: dict[str, Evidence]
+
+    def scored(self, mode: str) -> Scored:
+        """The rows that were read, with their readings (``tail``) or without (``text``)."""
+        of_read = {name: one.taken(self.read.at) for name, one in self.evidence.items()}
+        return Scored.of(self.read.examples, of_read, self.calibrations, mode)
 
 
 def main() -> None:
     arguments = _arguments()
     cache = Cache(arguments.cache.expanduser())
     rows = select(arguments.data)
+    model = arguments.model.expanduser()
     if not arguments.no_harvest:
-        harvest([row for row in rows if row.read], cache, arguments.model.expanduser())
+        harvest([row for row in rows if row.read], cache, model)
+    manifest = open_model(model).manifest
     # One thread: sums in another order would give other last digits, and other artefacts.
     with threadpool_limits(1):
-        train(text.choose(rows), cache.load(), arguments.out)
+        fitted = fit(choose(rows), cache.load())
+        write(fitted, Origin(manifest.name, manifest.digest, LAYERS), arguments.out)
+        keep(fitted, arguments.cache.expanduser() / EVIDENCE)
 
 
-def train(rows: list[Row], read: Mapping[str, Activations], out: Path) -> None:
-    """Fit, calibrate, measure, write."""
-    subset = _subset(rows, read)
-    print(f"{len(rows)} texts, {len(subset.rows)} of them read inside the model", flush=True)
-    texts = text.vectorise(rows)
-    evidence = {name: _evidence(rows, texts, subset, name) for name in DETECTORS}
-    calibrations = {name: calibrate(rows, name, evidence[name]) for name in DETECTORS}
-    _write_text_model(rows, texts, out / "text_model.safetensors")
-    _write_probes(subset, out)
-    _write_json(Calibrations(calibrations), out / "calibration.json")
-    (out / "CARD.md").write_text(
-        _card(rows, subset, evidence, calibrations, read), encoding="utf-8"
+def fit(rows: list[Row], found: Mapping[str, probes.Activations]) -> Fitted:
+    """Cross-fitted evidence, how it is joined, and the thresholds."""
+    examples = [row.example for row in rows]
+    read = _read(rows, examples, found)
+    print(f"{len(rows)} texts, {len(read.at)} of them read inside the model", flush=True)
+    texts = text_table.vectorise(examples)
+    parts = folds.plan(examples)
+    evidence = {name: _evidence(examples, texts, parts, read, name) for name in DETECTORS}
+    calibrations = {n: calibrate(examples, n, one, BUDGETS) for n, one in evidence.items()}
+    return Fitted(rows, examples, texts, read, calibrations, evidence)
+
+
+def keep(fitted: Fitted, file: Path) -> None:
+    """What was cross-fitted, for ``benchmarks/guard_quality.py``: [n_rows, 3] a detector."""
+    columns = {name: one.columns("tail") for name, one in fitted.evidence.items()}
+    with file.open("wb") as target:
+        np.savez(target, keys=np.array([row.key for row in fitted.rows]), **columns)
+
+
+def write(fitted: Fitted, origin: Origin, out: Path) -> None:
+    """The artefacts and their card."""
+    read = fitted.read
+    table = text_table.table(fitted.examples, fitted.texts, DETECTORS)
+    probe = fitted_probes(read.examples, read.tokens, read.tail, DETECTORS)
+    joined = msgspec.json.encode(Calibrations(fitted.calibrations))
+    keys = {fitted.rows[at].key for at in read.at}
+    made = card.Made(
+        fitted.rows, keys, fitted.scored("tail"), fitted.scored("text"), fitted.calibrations
+    )
+    files = {
+        "text_model.safetensors": table_file(table, DETECTORS),
+        "calibration.json": msgspec.json.format(joined, indent=2) + b"\n",
+        "CARD.md": card.write(made, read.n_tokens).encode(),
+        **probe_files(probe, origin),
+    }
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+
+
+def _read(
+    rows: list[Row], examples: list[Example], found: Mapping[str, probes.Activations]
+) -> Read:
+    at = [index for index, row in enumerate(rows) if row.key in found]
+    activations = [found[rows[index].key] for index in at]
+    chosen = [examples[index] for index in at]
+    return Read(
+        at,
+        chosen,
+        [one.n_tokens for one in activations],
+        probes.of_tokens(activations),
+        probes.of_tail(activations),
+        folds.plan(chosen),
     )
 
 
-def _subset(rows: list[Row], read: Mapping[str, Activations]) -> _Subset:
-    at = [index for index, row in enumerate(rows) if row.key in read]
-    chosen = [rows[index] for index in at]
-    return _Subset(chosen, at, probes.of_tokens(chosen, read), probes.of_tail(chosen, read))
-
-
-def _evidence(rows: list[Row], texts: text.Texts, subset: _Subset, name: str) -> Evidence:
+def _evidence(
+    examples: list[Example], texts: text_table.Texts, parts: Folds, read: Read, name: str
+) -> Evidence:
     """Cross-fitted logits of one detector."""
-    tokens, tail = np.full((2, len(rows)), np.nan)
-    tokens[subset.at] = probes.cross_fitted(subset.rows, subset.tokens, name)
-    tail[subset.at] = probes.cross_fitted(subset.rows, subset.tail, name)
-    words = text.cross_fitted(rows, texts, name)
+    tokens, tail = np.full((2, len(examples)), np.nan)
+    tokens[read.at] = probes.cross_fitted(read.examples, read.tokens, name, read.parts)
+    tail[read.at] = probes.cross_fitted(read.examples, read.tail, name, read.parts)
+    words = text_table.cross_fitted(examples, texts, name, parts)
     print(f"cross-fitted {name}", flush=True)
     return Evidence(words, tokens, tail)
-
-
-def _write_text_model(rows: list[Row], texts: text.Texts, file: Path) -> None:
-    table, bias = text.table(rows, texts)
-    save_file({"table": table, "bias": bias}, file, {"detectors": ",".join(DETECTORS)})
-
-
-def _write_probes(subset: _Subset, out: Path) -> None:
-    """In the form that the engine reads: see ``fortpoint.engine.linear_probe``."""
-    side = np.array([row.train for row in subset.rows])
-    fitted = {
-        **{n: probes.train(subset.rows, subset.tokens, n, side) for n in DETECTORS},
-        **{tail_probe(n): probes.train(subset.rows, subset.tail, n, side) for n in DETECTORS},
-    }
-    weights = np.stack([probe.W for probe in fitted.values()], axis=1)
-    bias = np.array([probe.b for probe in fitted.values()], dtype=np.float32)
-    save_file({"W": np.ascontiguousarray(weights), "b": bias}, out / "probes.safetensors")
-    about = {
-        "model": MODEL,
-        "hook": "resid_post",
-        "normalise": "rms",
-        "probes": list(fitted),
-        "layers": list(LAYERS),
-    }
-    _write_json(about, out / "probes.json")
-
-
-def _write_json(value: object, file: Path) -> None:
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-
-
-def _card(
-    rows: list[Row],
-    subset: _Subset,
-    evidence: Mapping[str, Evidence],
-    calibrations: Mapping[str, Calibration],
-    activations: Mapping[str, Activations],
-) -> str:
-    of_read = {name: _taken(one, subset.at) for name, one in evidence.items()}
-    read = {"tail": Scored.of(subset.rows, of_read, calibrations, "tail")}
-    words = {"text": Scored.of(subset.rows, of_read, calibrations, "text")}
-    used = {row.key for row in subset.rows}
-    trained = [row if row.key in used else _unread(row) for row in rows]
-    n_tokens = [activations[row.key].n_tokens for row in subset.rows]
-    return card.write(trained, read, words, calibrations, n_tokens)
-
-
-def _taken(evidence: Evidence, at: Sequence[int]) -> Evidence:
-    return Evidence(evidence.text[at], evidence.probes[at], evidence.tail[at])
-
-
-def _unread(row: Row) -> Row:
-    return replace(row, read=False)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the guard's shipped artefacts.")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", type=Path, default=Path("~/.fortpoint/models/smollm2-135m"))
-    parser.add_argument("--cache", type=Path, default=Path("~/.cache/fortpoint-training"))
+    parser.add_argument("--cache", type=Path, default=Path(".bench/guard/readings"))
     parser.add_argument("--out", type=Path, default=ARTEFACTS)
     parser.add_argument("--no-harvest", action="store_true")
     return parser.parse_args()

@@ -2,10 +2,10 @@
 
 The cache is a folder of shards outside the repository; a run that stops is continued by the
 next. A shard holds, for each text: means over windows of ``WINDOW_TOKENS`` tokens of the
-user's segment and the mean over the template tokens after it, each ``x / rms(x)`` for the
-residual stream ``x`` after every layer of ``LAYERS``.
+user's segment and the template's last token after it, each ``x / rms(x)`` for the residual
+stream ``x`` after every layer of ``LAYERS``.
 
-    cache = Cache(Path("~/.cache/fortpoint-training").expanduser())
+    cache = Cache(Path(".bench/guard/readings"))
     harvest(rows, cache, Path("~/.fortpoint/models/smollm2-135m").expanduser())
 """
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,13 @@ from fortpoint.engine.chat import ChatTokenizer
 from fortpoint.engine.kv_cache import KVCache
 from fortpoint.engine.llama import Llama
 from fortpoint.engine.model import Floats, Span, Step
+from fortpoint.guard.training.probes import WINDOW_TOKENS, Activations
 from fortpoint.types import Message, Role
-from training.rows import SEED, Row
+from training.rows import Row
 
-LAYERS = (9, 12, 15, 18, 21, 24)
-WINDOW_TOKENS = 32
-MAX_TOKENS = 64
-LONG_TOKENS = 224  # of one row in eight, and so of what long prompts look like
+LAYERS = (6, 9, 12, 15, 18, 21, 24, 27)
+MAX_TOKENS = 80
+LONG_TOKENS = 192  # of one row in eight, and so of what long prompts look like
 SHARD_ROWS = 384
 BATCH_TOKENS = 1536
 THREADS = os.cpu_count() or 1
@@ -48,18 +48,6 @@ SYSTEMS: tuple[str | None, ...] = (
 )
 
 Float16 = NDArray[np.float16]
-
-
-@dataclass(frozen=True)
-class Activations:
-    """One text: ``windows`` [n_windows, n_layers, d_model], ``tail`` [n_layers, d_model].
-
-    ``n_tokens`` counts the text's tokens that were read, at most ``LONG_TOKENS``.
-    """
-
-    windows: Float16
-    tail: Float16
-    n_tokens: int
 
 
 class Cache:
@@ -117,14 +105,15 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self._model = Llama.load(
-            folder, precision.plain("float32"), max_context=1024, kv_bytes=1 << 30, threads=THREADS
+            folder, precision.choose("auto"), max_context=1024, kv_bytes=1 << 29, threads=THREADS
         )
         self._tokenizer = ChatTokenizer.load(folder)
         self._prefixes: dict[str | None, KVCache] = {}
         self.tail = self._template(None)[1]
 
     def item(self, row: Row) -> _Item:
-        limit = LONG_TOKENS if int(row.key[6:8], 16) % 8 == 0 else MAX_TOKENS
+        long = row.hidden or int(row.key[6:8], 16) % 8 == 0
+        limit = LONG_TOKENS if long else MAX_TOKENS
         text = self._tokenizer.encode_text(row.text[:4000])[:limit]
         return _Item(
             row.key,
@@ -148,7 +137,7 @@ class Reader:
             end = span.start + len(item.text)
             yield Activations(
                 np.stack([_mean(part) for part in _windows(x[span.start : end])]),
-                _mean(x[end : span.end]),
+                x[span.end - 1].astype(np.float16),
                 len(item.text),
             )
 
@@ -178,8 +167,7 @@ class Reader:
 def harvest(rows: Sequence[Row], cache: Cache, folder: Path) -> None:
     """Read every row that the cache lacks. Prints a line a shard."""
     done = cache.keys()
-    missing = list({row.key: row for row in rows if row.key not in done}.values())
-    random.Random(SEED).shuffle(missing)  # noqa: S311 - a fixed order
+    missing = [row for row in _in_turn(rows) if row.key not in done]
     if not missing:
         return
     reader = Reader(folder)
@@ -196,6 +184,16 @@ def harvest(rows: Sequence[Row], cache: Cache, folder: Path) -> None:
         n_tokens += sum(len(item.text) + len(reader.tail) for item in items)
         rate = n_tokens / (time.monotonic() - started)
         print(f"read {start + len(items)}/{len(missing)} texts, {rate:.0f} tokens/s", flush=True)
+
+
+def _in_turn(rows: Sequence[Row]) -> list[Row]:
+    """A row of each set in turn, so that a run that stops has read much of what there is."""
+    turns: Counter[tuple[str, str]] = Counter()
+    ranked = []
+    for row in {row.key: row for row in rows}.values():
+        turns[row.dataset, row.label] += 1
+        ranked.append((turns[row.dataset, row.label], row))
+    return [row for _, row in sorted(ranked, key=lambda one: one[0])]
 
 
 def _batches(items: Sequence[_Item], n_tail: int) -> Iterator[list[_Item]]:

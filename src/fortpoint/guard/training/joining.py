@@ -18,7 +18,7 @@ from fortpoint.guard.training import folds
 from fortpoint.guard.training.examples import Example
 from fortpoint.guard.training.logistic import fit
 
-STRICT_SHARE = 0.1  # a strict threshold allows this share of each budget
+STRICT_SHARE = 0.2  # a strict threshold allows this share of each budget
 _CEILING = 0.9999
 
 Float64 = NDArray[np.float64]

@@ -19,9 +19,9 @@ from fortpoint.guard.training.logistic import fit
 
 WINDOW_TOKENS = 16
 _WINDOWS_JOINED = 4  # a rolling mean over 64 tokens, as the guard's
-PENALTY = {"jailbreak": 0.7, "injection": 1.0, "harmful_request": 0.2}
-N_ITERATIONS = 80
-ALSO = {"jailbreak": ("injection", 0.25), "injection": ("jailbreak", 0.25)}
+PENALTY = {"jailbreak": 1.5, "injection": 1.5, "harmful_request": 0.2}
+N_ITERATIONS = 50
+ALSO = {"jailbreak": ("injection", 0.5), "injection": ("jailbreak", 0.5)}
 
 Float16 = NDArray[np.float16]
 Float32 = NDArray[np.float32]

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from fortpoint.errors import InvalidRequest, StorageError
 from fortpoint.guard.training.examples import BENIGN
-from fortpoint.guard.training.figures import ATTACK, Rate, auroc
+from fortpoint.guard.training.figures import ATTACK, Rate, auroc, cut
 from fortpoint.guard.training.run import About, ScoreRow
 
 _MAX_BYTES = 1 << 30
@@ -49,7 +50,10 @@ class Scores:
 
 
 class Family(msgspec.Struct, frozen=True):
-    """``caught`` is the share above the score that 1 % of the benign texts exceed."""
+    """``caught`` is the share above the score that 1 % of the benign texts exceed.
+
+    Here as in ``auroc``, a benign family of n texts counts as the root of n.
+    """
 
     family: str
     n: int
@@ -162,8 +166,9 @@ def _values(rows: Sequence[ScoreRow], detector: str, words: bool = False) -> Flo
 def _curve(scores: Scores, detector: str) -> Curve:
     benign = _benign(scores)
     below, below_text = _values(benign, detector), _values(benign, detector, words=True)
-    one = np.ones(len(benign))
-    threshold = float(np.quantile(below, 0.99))
+    sizes = Counter(row.family for row in benign)
+    weight = np.array([sizes[row.family] ** -0.5 for row in benign])
+    threshold = cut(below, weight, 0.01)
     families = []
     for family in sorted({row.family for row in _of(scores, detector)}):
         rows = [row for row in _of(scores, detector) if row.family == family]
@@ -172,8 +177,8 @@ def _curve(scores: Scores, detector: str) -> Curve:
             Family(
                 family,
                 len(rows),
-                auroc(values, below, one),
-                auroc(_values(rows, detector, words=True), below_text, one),
+                auroc(values, below, weight),
+                auroc(_values(rows, detector, words=True), below_text, weight),
                 float((values > threshold).mean()),
                 sum(row.blocked for row in rows) / len(rows),
             )

@@ -5,8 +5,8 @@
     write(trained, folder, origin)
 
 The folder holds ``text_model.safetensors``, ``probes.{json,safetensors}`` (unless text alone was
-used), ``calibration.json``, ``answers.json``, ``CARD.md``, and ``scores.jsonl``: what each example was
-given by models that never saw its fold, for ``fortpoint guard report``, with the example's words.
+used), ``calibration.json``, ``answers.json``, ``CARD.md``, and ``scores.jsonl``: what each example
+was given by models that never saw its fold, for ``fortpoint guard report``, with its words.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ from fortpoint.guard.training.logistic import fit
 
 N_BUCKETS = 1 << 18
 PENALTY = 3e-5
-N_ITERATIONS = 40
+N_ITERATIONS = 30
 MAX_WINDOWS = 6
 MAX_CHARS = 4000
 MIN_TEXTS = 3  # n-grams seen in fewer windows tell nothing that generalises
-ALSO = {"jailbreak": ("injection", 0.25), "injection": ("jailbreak", 0.25)}
+ALSO = {"jailbreak": ("injection", 0.5), "injection": ("jailbreak", 0.5)}
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
