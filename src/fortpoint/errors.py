@@ -141,8 +141,10 @@ class AccountSlowed(TooManyRequests):
 
     code = "account_slowed"
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float = 1.0
+    ) -> None:
+        super().__init__(message, param=param)
         self.retry_after_s = retry_after_s
 
 
