@@ -24,7 +24,9 @@ tools() {
     | sort -V | tail -n 1 | xargs -r dirname
 }
 
-free_port() {
+# The port of SERVER_PORT, or a free one.
+port() {
+  if [ -n "${SERVER_PORT:-}" ]; then echo "$SERVER_PORT"; return; fi
   python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
@@ -52,16 +54,24 @@ start() {
       -A scram-sha-256 -E UTF8 --locale C >"$folder/initdb.log"
   fi
   password=$(cat "$folder/password")
-  port=$(free_port)
+  port=$(port)
   as_owner "$bin/pg_ctl" -D "$folder/data" -l "$folder/server.log" -w -t 60 -s \
     -o "-c listen_addresses=127.0.0.1 -c port=$port -c unix_socket_directories='' -c fsync=on" \
     start >&2 || { tail -n 20 "$folder/server.log" >&2; exit 1; }
   printf 'postgresql://fortpoint:%s@127.0.0.1:%s/postgres\n' "$password" "$port"
 }
 
+# Not by pg_ctl: it waits for a process that is dead, where nobody reaps it, until its time is over.
 stop() {
-  folder=$(cd "$folder" && pwd)
-  as_owner "$(tools)/pg_ctl" -D "$folder/data" -m fast -w -t 60 -s stop >&2
+  pid=$(head -n 1 "$folder/data/postmaster.pid")
+  kill -INT "$pid"
+  for _ in $(seq 300); do
+    case $(sed -n 's/^State:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null) in
+      '' | Z*) return ;;
+    esac
+    sleep 0.1
+  done
+  kill -QUIT "$pid"
 }
 
 case "${1:-}" in

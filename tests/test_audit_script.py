@@ -220,7 +220,7 @@ def test_export_verifies_and_holds_nothing_that_was_said(made: Path) -> None:
     assert SALT.hex().encode() not in data
     assert base64.b64encode(SALT) not in data
     assert b"Golden Gate" not in data
-    assert data.count(b"\n") == 300 + data.count(b'{"checkpoint":')
+    assert data.count(b"\n") == 301 + data.count(b'{"checkpoint":')
 
 
 def test_export_to_a_file_that_exists_is_refused(made: Path) -> None:

@@ -47,7 +47,7 @@ def witness(
     ] = None,
     api_key: Annotated[
         str, typer.Option("--api-key", help="Where our key of the gateway is: env:NAME or file:/.")
-    ] = "env:FORTPOINT_API_KEY",
+    ] = "env:WITNESS_API_KEY",
     interval_s: Annotated[
         float, typer.Option("--interval", min=0.1, max=86_400, help="Seconds between looks.")
     ] = 5.0,
