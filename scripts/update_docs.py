@@ -3,6 +3,7 @@
     make docs        # or: .venv/bin/python scripts/update_docs.py
 
 - docs/configuration.md, from ``fortpoint.config.keys()``
+- docs/policy.schema.json, from ``fortpoint.guard.policy_file.schema()``
 - in every document, the fenced block after ``<!-- help: fortpoint key create -->``
 - in docs/adr/README.md, the list between ``<!-- records -->`` and ``<!-- end -->``
 
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -23,9 +25,11 @@ from typer.testing import CliRunner
 
 from fortpoint.cli.main import app
 from fortpoint.config import Config, Key, keys
+from fortpoint.guard.policy_file import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+POLICY = ROOT / "docs" / "policy.schema.json"
 RECORDS = ROOT / "docs" / "adr"
 
 _HELP = re.compile(
@@ -121,6 +125,7 @@ def current() -> Iterator[tuple[Path, str]]:
             text = with_help(file.read_text(encoding="utf-8"))
             yield file, with_records(text) if file.parent == RECORDS else text
     yield CONFIGURATION, configuration()
+    yield POLICY, json.dumps(schema(), indent=2) + "\n"
 
 
 def main() -> int:

@@ -50,7 +50,17 @@ from fortpoint.errors import (
 )
 from fortpoint.gateway.app import create_app
 from fortpoint.gateway.services import Judge, Services
-from fortpoint.types import FeatureReading, Message, Reading, Role, Score, Segment, Usage, Verdict
+from fortpoint.types import (
+    FeatureReading,
+    Message,
+    Reading,
+    Review,
+    Role,
+    Score,
+    Segment,
+    Usage,
+    Verdict,
+)
 
 MODEL = "smollm2-135m"
 DIGEST = "sha256:" + "ab" * 32
@@ -98,6 +108,9 @@ class FakeStream:
     async def proceed(self) -> None:
         self._engine.proceeded.append(self._request.id)
         self._go.set()
+
+    async def drop(self, choice: int) -> None:
+        self._engine.dropped.append((self._request.id, choice))
 
     async def aclose(self) -> None:
         if not self._ended:
@@ -197,6 +210,7 @@ class FakeEngine:
         self.requests: list[Generate] = []
         self.proceeded: list[str] = []
         self.cancelled: list[str] = []
+        self.dropped: list[tuple[str, int]] = []
         self.scanned: list[tuple[Message, ...]] = []
         self.scored: list[ScoreText] = []
         self.n_tokens = 0
@@ -265,8 +279,15 @@ class FakeGuard:
     def __init__(self) -> None:
         self.fails = False
         self.raises = False
+        self.raises_at: int | None = None  # which review of each answer
+        self.forbidden = ATTACK
         self.judged: list[tuple[Message, ...]] = []
+        self.answers: list[FakeAnswer] = []
         self.readings: list[Reading | None] = []
+
+    def answer(self, probes: Sequence[str] | None) -> FakeAnswer:
+        self.answers.append(FakeAnswer(self, probes))
+        return self.answers[-1]
 
     def judge(
         self,
@@ -289,6 +310,30 @@ class FakeGuard:
             Score("harmful_request", 0.03, 0.5, role, False),
         )
         return Verdict("block" if flagged else "allow", "jailbreak" if flagged else None, scores)
+
+
+class FakeAnswer:
+    """Flags ``FakeGuard.forbidden`` in the text so far; settled is all of it."""
+
+    def __init__(self, guard: FakeGuard, probes: Sequence[str] | None) -> None:
+        self._guard = guard
+        self.probes = probes
+        self.text = ""
+        self.n_reviews = 0
+        self.final = False
+
+    def add(self, text: str, reading: Reading | None) -> None:
+        self.text += text
+
+    def review(self, *, final: bool) -> Review:
+        self.n_reviews += 1
+        self.final = final
+        if self._guard.raises_at == self.n_reviews:
+            raise ZeroDivisionError("secret-of-the-detector")
+        flagged = self._guard.forbidden in self.text.lower()
+        high = 0.96 if flagged else 0.01
+        score = Score("harmful_request", high, 0.5, Role.ASSISTANT, flagged)
+        return Review((score,), (), len(self.text))
 
 
 class FakeKeys:

@@ -16,6 +16,7 @@ import typer.main
 
 from fortpoint.cli.main import app
 from fortpoint.config import load
+from fortpoint.guard.policy_file import known_detectors, read_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "fortpoint"
@@ -145,6 +146,8 @@ def test_fenced_block_is_true(language, text, tmp_path):
         assert lines, "a console block shows at least one `$ ` line"
         for line in lines:
             _check(line)
+    elif language == "toml" and text.startswith("version = "):
+        read_policy(text.encode(), "document", known_detectors())
     elif language == "toml":
         file = tmp_path / "fortpoint.toml"
         file.write_text(text, encoding="utf-8")

@@ -29,6 +29,7 @@ from fortpoint.errors import ConfigError
 
 _PREFIX = "FORTPOINT_"
 _SHORT = {"FORTPOINT_HOME": "home", "PORT": "server.port"}
+_TABLES = ("guard.thresholds", "guard.answer_thresholds")
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -199,6 +200,43 @@ class Guard(_Section, frozen=True, kw_only=True):
             description="Detector name to the score that blocks; the shipped card's where absent."
         ),
     ] = {}
+    policy: Annotated[
+        str,
+        Meta(
+            description="Policy file (TOML): what is done about which score, and about accounts; "
+            "`fortpoint guard policy show` prints the shipped one, which holds where empty."
+        ),
+    ] = ""
+    answers: Annotated[
+        bool, Meta(description="Judge answers too, token by token, before they leave.")
+    ] = True
+    answer_thresholds: Annotated[
+        dict[str, Annotated[float, Meta(ge=0.0, le=1.0)]],
+        Meta(
+            description="Detector name to the score that acts on an answer; the shipped one's "
+            "where absent."
+        ),
+    ] = {}
+    hold_back_tokens: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=512,
+            description="Most tokens of an answer that wait to be judged; half of them always "
+            "trail the newest.",
+        ),
+    ] = 16
+    secrets: Annotated[
+        Literal["flag", "redact", "block"],
+        Meta(description="What is done about a secret (a key, a card number) in an answer."),
+    ] = "redact"
+    canaries: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Where the texts are that must never come out, never such a text itself: "
+            "`env:NAME` or `file:/path`. An answer that tells one is cut before it."
+        ),
+    ] = ()
 
 
 class Extraction(_Section, frozen=True, kw_only=True):
@@ -466,7 +504,7 @@ def _sections() -> set[str]:
 
 def _is_known(dotted: str) -> bool:
     *path, detector = dotted.split(".")
-    if path == ["guard", "thresholds"]:  # its keys are the detectors', which the guard checks
+    if ".".join(path) in _TABLES:  # their keys are the detectors', which the guard checks
         return bool(detector)
     return any(key.name == dotted for key in keys())
 

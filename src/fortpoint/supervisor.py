@@ -28,6 +28,8 @@ from fortpoint.engine.worker import EngineSpec
 from fortpoint.errors import ConfigError, EngineUnavailable
 from fortpoint.features.shipped import ARTEFACTS as SHIPPED
 from fortpoint.features.watched import watched
+from fortpoint.gateway import policy_source
+from fortpoint.guard.canaries import canary_variables
 from fortpoint.home import Home
 from fortpoint.store.address import address_variable
 from fortpoint.vault.model_folder import model_path
@@ -40,7 +42,7 @@ _STEADY_S = 60.0  # a child that lived this long starts again without a longer p
 _HOPELESS = 2
 
 # What children get of our environment: nothing that may hold a secret, but for the gateway the
-# variables that ``upstream.api_keys`` and ``store.url`` name.
+# variables that ``upstream.api_keys`` and ``guard.canaries`` name.
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "OMP_NUM_THREADS", "PYTHONWARNINGS")
 
 # Memory of finished requests goes back to the system; sequences come and go.
@@ -147,6 +149,9 @@ def gateway_child(config: Config, home: Home, listener: socket.socket) -> Child:
         *("--parent-pid", str(os.getpid()), "--config", msgspec.json.encode(config).decode()),
     )
     environment = _environment() | _GATEWAY_ENV | _environment(address_variable(config))
+    environment |= _environment(canary_variables(config.guard.canaries))
+    if second_stage := policy_source.variables(config):
+        environment |= _environment((*_CERTIFICATES, *second_stage))
     if is_upstream(config):
         environment |= _environment((*_CERTIFICATES, *key_variables(config.upstream)))
     return Child("gateway", command, environment, [listener.fileno()])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from fortpoint.cli import guard_account, guard_policy, guard_report, guard_train
 from fortpoint.errors import FortPointError, InvalidRequest
 from fortpoint.types import Message, Role
 
@@ -36,6 +37,13 @@ class Row(msgspec.Struct, frozen=True):
     id: str | int | None = None
     text: str | None = None
     messages: tuple[Message, ...] | None = None
+
+
+app.command("train")(guard_train.train)
+app.command("report")(guard_report.report)
+app.command("try")(guard_policy.try_policy)
+app.add_typer(guard_policy.app, name="policy")
+app.add_typer(guard_account.app, name="accounts")
 
 
 @app.callback()

@@ -23,6 +23,8 @@ from fortpoint.engine.upstream.observer import is_upstream, runs_a_model
 from fortpoint.engine.upstream.target import Target, load_targets
 from fortpoint.errors import ConfigError
 from fortpoint.features.watched import watched
+from fortpoint.gateway import policy_source
+from fortpoint.guard.canaries import load_canaries
 from fortpoint.home import Home
 from fortpoint.store.address import read_address
 
@@ -60,9 +62,12 @@ def _serve(config: Config, home: Home) -> int:
     from fortpoint import supervisor
 
     started = time.monotonic()
-    # What is wrong with the upstreams and what is watched is said here, before anything runs.
+    # What is wrong with the upstreams, with what is watched and with the canaries is said here,
+    # before anything runs.
     targets = load_targets(config.upstream) if is_upstream(config) else ()
     watched(config)
+    load_canaries(config.guard.canaries)
+    policy_source.load(config)
     read_address(config)
     listener = supervisor.listen(config.server.host, config.server.port)
     if runs_a_model(config):

@@ -21,6 +21,7 @@ from litestar.types import ASGIApp
 from fortpoint.config import Config
 from fortpoint.engine.protocol import Generate, Sampling
 from fortpoint.gateway import (
+    account_routes,
     audit_routes,
     chat,
     completions,
@@ -48,7 +49,7 @@ from fortpoint.gateway.generation import Answered, Header, Prompt
 from fortpoint.gateway.sampling import TextRequest
 from fortpoint.gateway.services import Services
 from fortpoint.gateway.stream import EventStream, Format, Next, with_features
-from fortpoint.types import Message
+from fortpoint.types import Message, Role
 
 _A = TypeVar("_A", bound=TextRequest)
 _R = TypeVar("_R")
@@ -88,6 +89,7 @@ async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> AS
     ask = surface.parse(await steps.body(request, exchange), services.config)
     prompts = surface.prompts(ask)
     sampling = surface.sampling(ask, services.config)
+    exchange.asks_logprobs = sampling.logprobs is not None
     inside = ask.fortpoint or white_box.NOTHING
     white_box.check_allowed(inside, principal, services.config.extraction)
     exchange.model = await services.catalogue.require(ask.model)
@@ -108,10 +110,11 @@ async def generate(request: Request[Any, Any, Any], surface: _Surface[_A]) -> AS
             await _gather(
                 [generation.prejudge(exchange, one, number) for number, one in enumerate(prompts)]
             )
-        # 4. The engine decodes; tokens leave as they come, the last one after its entry.
+        # 4. The engine decodes; the guard reads text and probes again, and tokens leave once a
+        #    window behind them is clean, the last one after its entry.
         usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
         return EventStream(exchange, form, await opens[0](), opens[1:], wanted, usage)
-    # 4. The engine decodes.
+    # 4. The engine decodes, and the guard reads along in the same way.
     longest = min(sampling.max_tokens, exchange.model.max_context)
     white_box.check_volume(wanted.watch, longest * sampling.n * len(prompts))
     answers = await _gather([_answer(exchange, one, wanted) for one in opens])
@@ -146,6 +149,7 @@ async def embed(request: Request[Any, Any, Any]) -> ASGIApp:
     await steps.admit(request, exchange)
     ask = embeddings.parse(await steps.body(request, exchange), services.config.server)
     exchange.model = await services.catalogue.require(ask.model)
+    await judgement.observe(exchange, [(Message(Role.USER, one),) for one in embeddings.texts(ask)])
     embedded = await embeddings.embedded(services.engine, ask)
     exchange.count(prompt=embedded.usage.prompt)
     data = embeddings.written(ask, embedded.vectors)
@@ -214,7 +218,7 @@ async def show_engine(request: Request[Any, Any, Any]) -> ASGIApp:
 
 @post("/api/score", status_code=200)
 async def score(request: Request[Any, Any, Any]) -> ASGIApp:
-    """An operator's tool: the guard does not judge what is scored."""
+    """An operator's tool: the guard notes what it thinks of what is scored, and refuses nothing."""
     exchange = Exchange.of(request.scope)
     services = exchange.services
     principal = await steps.admit(request, exchange)
@@ -224,6 +228,7 @@ async def score(request: Request[Any, Any, Any]) -> ASGIApp:
     white_box.check_names(ask.inside, exchange.model, under="")
     applied = await presets.applied(services.presets, principal, None, exchange.model)
     exchange.inside = presets.recorded(ask.inside, applied)
+    await judgement.observe(exchange, [scoring.judged(ask)])
     asked = scoring.request_of(ask, exchange.request_id, principal.key_id)
     asked = presets.steered(applied, asked)
     scored = await scoring.scored(services.engine, asked)
@@ -284,6 +289,9 @@ def create_app(services: Services) -> Litestar:
             preset_routes.remove,
             watch_routes.list_alerts,
             watch_routes.list_statistics,
+            account_routes.list_accounts,
+            account_routes.show_account,
+            account_routes.decide_account,
             *audit_routes.HANDLERS,
             live,
             ready,

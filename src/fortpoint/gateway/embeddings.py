@@ -2,8 +2,8 @@
 
 These vectors come from a language model that was not trained to embed: near texts are near,
 but do not expect the quality of a model made for retrieval. Nothing is generated, so the
-guard does not judge the input. ``dimensions`` may name the model's own width and no other:
-its vectors were not trained to be cut short.
+guard notes what it thinks of the texts and refuses none. ``dimensions`` may name the model's own
+width and no other: its vectors were not trained to be cut short.
 """
 
 from __future__ import annotations

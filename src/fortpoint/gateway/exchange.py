@@ -28,6 +28,7 @@ from fortpoint.audit.log import Receipt
 from fortpoint.engine.protocol import Description, Done, Prefilled
 from fortpoint.errors import FortPointError
 from fortpoint.gateway import wire
+from fortpoint.gateway.conduct import Conducted
 from fortpoint.gateway.services import Services
 from fortpoint.types import Usage, Verdict
 
@@ -52,6 +53,8 @@ class Exchange:
         self.finish_reasons: tuple[str, ...] = ()
         self.inside = Inside()
         self.sightings = services.watch.begin()
+        self.conducted = Conducted()
+        self.asks_logprobs = False
         self.detail: str | None = None
         self.request_sha256: str | None = None
         self.response_sha256: str | None = None
@@ -133,6 +136,7 @@ class Exchange:
             await self.services.watch.settle(
                 self.sightings, self.request_id, self.principal.key_id, steered=steered
             )
+        await self.services.conduct.answered(self)
         return await self.services.audit.append(entry, self.content)
 
     @property

@@ -7,11 +7,13 @@ client nor the log sees it; the log has its type and the line that raised it.
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 
 from litestar.exceptions import HTTPException
 
 from fortpoint.errors import (
+    AccountSlowed,
     ContentBlocked,
     EngineUnavailable,
     Forbidden,
@@ -69,6 +71,8 @@ def headers_of(fault: FortPointError) -> list[tuple[bytes, bytes]]:
     """Headers that this error needs beside its body."""
     if isinstance(fault, Unauthenticated):
         return [(b"www-authenticate", b'Bearer realm="fortpoint"')]
+    if isinstance(fault, AccountSlowed):
+        return [(b"retry-after", b"%d" % math.ceil(fault.retry_after_s))]
     if isinstance(fault, TooManyRequests | EngineUnavailable):
         return [(b"retry-after", _RETRY_AFTER_S)]
     return []

@@ -1,22 +1,26 @@
-"""One prompt in the engine: prefilled, judged, and only then decoded.
+"""One prompt in the engine: prefilled, judged, and only then decoded, and judged again.
 
-Every surface that makes text comes through ``open_judged``; there is no other call of
-``engine.generate`` in the gateway.
+Every surface that makes text comes through ``open_judged`` and ``released``; there is no other
+call of ``engine.generate`` in the gateway, and no other way from its tokens to a caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Self
 
 import msgspec
 
+from fortpoint.config import Config
 from fortpoint.engine.client import Stream
 from fortpoint.engine.protocol import Done, Finished, Generate, Prefilled, Token
+from fortpoint.engine.upstream.observer import is_upstream
 from fortpoint.errors import ContextLengthExceeded, EngineError, InvalidRequest
 from fortpoint.gateway import judgement, response_format, token_features, white_box
 from fortpoint.gateway.exchange import Exchange
+from fortpoint.gateway.hold_back import HoldBack
 from fortpoint.gateway.token_features import PromptTokenFeatures
 from fortpoint.types import Message
 
@@ -72,10 +76,12 @@ class Choice:
 @dataclass(frozen=True)
 class Opened:
     """A prompt that may be answered: its tokens to come, and what was read in it for the
-    caller (empty unless the request watches)."""
+    caller (empty unless the request watches). ``probes`` are those that the guard reads at each
+    token, None where it judges the answer by its text alone."""
 
     stream: Stream
     prompt_features: list[PromptTokenFeatures]
+    probes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,24 @@ async def open_judged(exchange: Exchange, prompt: Prompt, wanted: Generate, numb
     if held:
         await judgement.decide(exchange, prompt.messages, prefilled.reading, prompt.param)
         await stream.proceed()
+    probes = _answer_probes(services.config, request, prefilled)
     if wanted.watch is None:
-        return Opened(stream, [])
-    return Opened(stream, await token_features.of_prompt(prefilled.reading))
+        return Opened(stream, [], probes)
+    return Opened(stream, await token_features.of_prompt(prefilled.reading), probes)
+
+
+def _answer_probes(
+    config: Config, request: Generate, prefilled: Prefilled
+) -> tuple[str, ...] | None:
+    """The probes that the guard reads in the answer's tokens.
+
+    None where it cannot, because an upstream answers, and where it must not trust them: whoever
+    steers an answer could turn off what they look for.
+    """
+    reads = config.guard.probes and request.read and prefilled.reading is not None
+    if not reads or request.steer or is_upstream(config):
+        return None
+    return prefilled.reading.probes if prefilled.reading is not None else None
 
 
 async def _prefilled(stream: Stream, request: Generate, param: str) -> Prefilled:
@@ -151,7 +172,53 @@ async def prejudge(exchange: Exchange, prompt: Prompt, number: int) -> None:
         await judgement.decide(exchange, prompt.messages, reading, prompt.param)
 
 
-async def decode(exchange: Exchange, stream: Stream) -> AsyncIterator[Token | Finished]:
+async def released(
+    exchange: Exchange, opened: Opened, wanted: Generate
+) -> AsyncIterator[Sequence[Token | Finished]]:
+    """What may leave of an open stream, as soon as it may.
+
+    A choice that the guard cuts ends with ``content_filter`` and frees its place in the engine.
+    Raises ``GuardFailed``, and an ``EngineError`` if the stream ends early.
+    """
+    holds = _hold_backs(exchange, opened, wanted)
+    n_open = wanted.sampling.n
+    async with aclosing(_decode(exchange, opened.stream)) as events:
+        async for event in events:
+            hold = holds[event.choice] if holds else None
+            if hold is not None and hold.ended:
+                continue  # what the engine computed before it heard of the cut
+            if isinstance(event, Finished) and event.reason == "cancelled":
+                raise EngineError("the engine stopped this answer")
+            ready = (event,) if hold is None else hold.take(event)
+            reasons = [end.reason for end in ready if isinstance(end, Finished)]
+            exchange.finish_reasons += tuple(reasons)
+            n_open -= len(reasons)
+            if reasons and isinstance(event, Token):
+                await _free(opened.stream, event.choice, last=n_open == 0)
+            if ready:
+                yield ready
+            if n_open == 0 and isinstance(event, Token):
+                return
+
+
+async def _free(stream: Stream, choice: int, *, last: bool) -> None:
+    """Stop computing a choice that was cut."""
+    if last:
+        await stream.aclose()
+    else:
+        await stream.drop(choice)
+
+
+def _hold_backs(exchange: Exchange, opened: Opened, wanted: Generate) -> list[HoldBack]:
+    """One for each choice; none at all where answers are not judged."""
+    sampling = wanted.sampling
+    shows_tokens = wanted.watch is not None or sampling.logprobs is not None
+    lag = max(map(len, sampling.stop), default=0) if shows_tokens else 0
+    answers = [judgement.begin_answer(exchange, opened.probes) for _ in range(sampling.n)]
+    return [HoldBack(exchange, answer, lag) for answer in answers if answer is not None]
+
+
+async def _decode(exchange: Exchange, stream: Stream) -> AsyncGenerator[Token | Finished, None]:
     """The tokens of an open stream, counted. Raises an ``EngineError`` if it ends early."""
     n_tokens = 0
     async for event in stream:
@@ -161,9 +228,6 @@ async def decode(exchange: Exchange, stream: Stream) -> AsyncIterator[Token | Fi
             exchange.sightings.token(event)
             yield event
         elif isinstance(event, Finished):
-            if event.reason == "cancelled":
-                raise EngineError("the engine stopped this answer")
-            exchange.finish_reasons += (event.reason,)
             yield event
         elif isinstance(event, Done):
             exchange.done(event, n_tokens)
@@ -174,17 +238,18 @@ async def decode(exchange: Exchange, stream: Stream) -> AsyncIterator[Token | Fi
 
 
 async def collect(exchange: Exchange, opened: Opened, wanted: Generate) -> Answered:
-    """All answers of an open stream, whole."""
+    """All answers of an open stream, whole: of each what a stream would have sent."""
     choices = [Choice() for _ in range(wanted.sampling.n)]
     detailed = wanted.watch is not None or wanted.sampling.logprobs is not None
-    async for event in decode(exchange, opened.stream):
-        choice = choices[event.choice]
-        if isinstance(event, Token):
-            choice.parts.append(event.text)
-            if detailed:
-                choice.tokens.append(event)
-        else:
-            choice.reason = event.reason
+    async for ready in released(exchange, opened, wanted):
+        for event in ready:
+            choice = choices[event.choice]
+            if isinstance(event, Token):
+                choice.parts.append(event.text)
+                if detailed:
+                    choice.tokens.append(event)
+            else:
+                choice.reason = event.reason
     return Answered(choices, opened.prompt_features)
 
 

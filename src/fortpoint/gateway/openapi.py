@@ -17,6 +17,7 @@ from fortpoint import __version__
 from fortpoint.access.presets import NAME_PATTERN
 from fortpoint.audit import prover
 from fortpoint.gateway import (
+    account_routes,
     audit_routes,
     chat,
     completions,
@@ -38,18 +39,19 @@ _PATH_SCHEMAS = {
     "request_id": {"type": "string", "pattern": "^[a-z]{3}_[0-9a-f]{24}$"},
 }
 
-_ASKS = (400, 401, 404, 413, 415, 429, 500, 502, 503, 504)
-_READS = (401, 429, 500, 502, 503, 504)
+_ASKS = (400, 401, 403, 404, 413, 415, 429, 500, 502, 503, 504)
+_READS = (401, 403, 429, 500, 502, 503, 504)
 
 _MEANING = {
     400: "The request is not valid, asks for what is not served, or the guard refused it "
     "(`content_filter`).",
     401: "No key, or a wrong, revoked or expired one.",
-    403: "The key's role may not do this, or not ask this of the model's inside.",
+    403: "The key's role may not do this, or not ask this of the model's inside; or its account "
+    "is suspended or waits for a review.",
     404: "No such model, preset, key or entry.",
     413: "The body is too large.",
     415: "The body is not JSON.",
-    429: "The key has too many requests running.",
+    429: "The key has too many requests running, or its account is slowed down.",
     500: "An internal error.",
     502: "The request failed in the engine.",
     503: "Engine, guard, audit log or storage is not available; nothing was answered.",
@@ -79,7 +81,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "Answer a conversation.",
         chat.ChatCompletion,
         chat.ChatRequest,
-        (*_ASKS, 403),
+        _ASKS,
         chat.ChatChunk,
     ),
     _Operation(
@@ -89,7 +91,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "Go on from a text.",
         completions.Completion,
         completions.CompletionRequest,
-        (*_ASKS, 403),
+        _ASKS,
         completions.Completion,
     ),
     _Operation(
@@ -129,7 +131,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "Show the engine (operators only).",
         models.EngineState,
         None,
-        (*_READS, 403),
+        _READS,
     ),
     _Operation(
         "/api/score",
@@ -138,7 +140,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "The log-likelihood of a text after a prompt (operators only; the guard does not judge).",
         scoring.Score,
         scoring.ScoreRequest,
-        (*_ASKS, 403),
+        _ASKS,
     ),
     _Operation(
         "/api/presets",
@@ -147,7 +149,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "List saved steering and whose keys have it (operators only).",
         presets.PresetList,
         None,
-        (*_READS, 403),
+        _READS,
     ),
     _Operation(
         "/api/presets",
@@ -156,7 +158,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "Save steering under a name, and say whose keys have it (operators only).",
         presets.PresetSaved,
         presets.SavePreset,
-        (*_ASKS, 403),
+        _ASKS,
     ),
     _Operation(
         "/api/presets/{preset}",
@@ -165,7 +167,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "Forget a preset that no key's requests rely on (operators only).",
         presets.PresetRemoved,
         None,
-        (*_READS, 400, 403, 404),
+        (*_READS, 400, 404),
     ),
     _Operation(
         "/api/alerts",
@@ -174,7 +176,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "List where watched features were over their thresholds, newest first (operators only).",
         watch_routes.AlertList,
         None,
-        (*_READS, 400, 403),
+        (*_READS, 400),
         query=watch_routes.AlertsQuery,
     ),
     _Operation(
@@ -184,7 +186,7 @@ _OPERATIONS: Sequence[_Operation] = (
         "What each key's requests made of what is watched (operators only).",
         watch_routes.StatisticsList,
         None,
-        (*_READS, 400, 403),
+        (*_READS, 400),
         query=watch_routes.StatisticsQuery,
     ),
     _Operation(
@@ -243,8 +245,37 @@ _OPERATIONS: Sequence[_Operation] = (
         "The record's entries in order (auditors and operators only).",
         audit_routes.EntryList,
         None,
-        (*_READS, 400, 403, 404),
+        (*_READS, 400, 404),
         query=audit_routes.EntriesQuery,
+    ),
+    _Operation(
+        "/api/accounts",
+        "get",
+        "listAccounts",
+        "List accounts that have a risk or a consequence, the last changed first (operators only).",
+        account_routes.AccountList,
+        None,
+        (*_READS, 400, 404),
+        query=account_routes.AccountsQuery,
+    ),
+    _Operation(
+        "/api/accounts/evidence",
+        "get",
+        "showAccount",
+        "Show an account with its evidence and its links (operators only).",
+        account_routes.AccountShown,
+        None,
+        (*_READS, 400, 404),
+        query=account_routes.EvidenceQuery,
+    ),
+    _Operation(
+        "/api/accounts/decisions",
+        "post",
+        "decideAccount",
+        "Suspend an account, or end what was done to it (operators only).",
+        account_routes.AccountDecided,
+        account_routes.DecideAccount,
+        _ASKS,
     ),
     _Operation("/health/live", "get", "live", "This process answers.", health.Health, open=True),
     _Operation(
@@ -311,8 +342,10 @@ def _in_query(kind: type[msgspec.Struct] | None) -> Iterator[dict[str, Any]]:
     if kind is None:
         return
     _, schemas = msgspec.json.schema_components([kind], ref_template=_REF)
-    for name, schema in schemas[kind.__name__]["properties"].items():
-        yield {"name": name, "in": "query", "required": False, "schema": schema}
+    described = schemas[kind.__name__]
+    for name, schema in described["properties"].items():
+        required = name in described.get("required", ())
+        yield {"name": name, "in": "query", "required": required, "schema": schema}
 
 
 def _responses(operation: _Operation) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from fortpoint.audit.entry import Entry, Inside
+from fortpoint.audit.entry import Entry, Inside, PolicyUse
 from fortpoint.errors import FortPointError
 from fortpoint.gateway.exchange import Exchange
 from fortpoint.gateway.faults import is_refusal
@@ -60,7 +60,14 @@ def _entry(
         response_sha256=exchange.response_sha256,
         detail=detail,
         inside=_inside(exchange),
+        policy=_policy(exchange),
     )
+
+
+def _policy(exchange: Exchange) -> PolicyUse | msgspec.UnsetType:
+    if exchange.services.guard is None:
+        return msgspec.UNSET
+    return exchange.services.conduct.use(exchange.conducted)
 
 
 def _inside(exchange: Exchange) -> Inside | msgspec.UnsetType:

@@ -1,8 +1,9 @@
 """/api/score: the log-likelihood of a given text after a prompt, token by token.
 
 For operators only, who red-team and evaluate with it: they must be able to ask how likely a
-harmful answer is, so the guard judges nothing here. It generates nothing, and each call is an
-entry of the record. The extraction policy's rounding does not hold for it.
+harmful answer is, so the guard refuses nothing here. It generates nothing; each call is an entry
+of the record, with what the guard thinks of its words. The extraction policy's rounding does not
+hold for it.
 
     {"model": "m", "messages": [...], "continuation": "Paris."}
     -> {"tokens": ["Par", "is", "."], "logprobs": [-0.1, -0.02, -0.3], "sum": -0.42, ...}
@@ -23,6 +24,7 @@ from fortpoint.errors import ContextLengthExceeded, EngineError, InvalidRequest
 from fortpoint.gateway import limits, white_box, wire
 from fortpoint.gateway.chat import Turn, conversation
 from fortpoint.gateway.white_box import Name, Steers, WhiteBox
+from fortpoint.types import Message, Role
 
 
 class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +70,13 @@ def parse(body: bytes, config: Config) -> ScoreRequest:
     )
     white_box.check(ask.inside)
     return ask
+
+
+def judged(ask: ScoreRequest) -> tuple[Message, ...]:
+    """All text that it gives, as the guard reads it: the continuation is the assistant's."""
+    turns = conversation(ask.messages or [])
+    raw = () if ask.prompt is msgspec.UNSET else (Message(Role.USER, ask.prompt),)
+    return (*turns, *raw, Message(Role.ASSISTANT, ask.continuation))
 
 
 def request_of(ask: ScoreRequest, request_id: str, tenant: str) -> ScoreText:

@@ -25,7 +25,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -42,9 +42,13 @@ from fortpoint.engine.client import Engine, EngineClient
 from fortpoint.engine.upstream.observer import is_upstream, reads_along
 from fortpoint.engine.upstream.target import Target, load_targets
 from fortpoint.errors import ConfigError, FortPointError, SandboxError, VerificationError
+from fortpoint.gateway import policy_source
 from fortpoint.gateway.app import create_app
+from fortpoint.gateway.policy_in_force import in_force
+from fortpoint.gateway.policy_source import PolicySource
 from fortpoint.gateway.services import Services
 from fortpoint.gateway.watch_ledger import WatchLedger
+from fortpoint.guard.canaries import load_canaries
 from fortpoint.store.location import Location, locate
 
 _GRACE_S = 4
@@ -64,18 +68,21 @@ def run(config: Config, socket_fd: int, engine_socket: Path, parent_pid: int | N
     """Serve on the inherited socket until SIGTERM or SIGINT; then at most five seconds more.
 
     With ``parent_pid`` the process is confined, for good, and dies with that parent. Upstreams'
-    keys are read before that, for the files that may hold them are out of reach after it.
+    keys, the guard's policy and its canaries are read before that, for the files that may hold
+    them are out of reach after it.
     """
     targets = load_targets(config.upstream) if is_upstream(config) else ()
+    canaries = load_canaries(config.guard.canaries)
     location = locate(config)
+    policy = policy_source.load(config)
     if parent_pid is not None:
-        _confine(config, parent_pid, targets, location)
+        _confine(config, parent_pid, (*targets, *policy.targets), location)
     with (
         socket.socket(fileno=socket_fd) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         listener.setblocking(False)
-        runner.run(serve(config, listener, engine_socket, targets, location))
+        runner.run(serve(config, listener, engine_socket, targets, canaries, location, policy))
 
 
 async def serve(
@@ -83,10 +90,14 @@ async def serve(
     listener: socket.socket,
     engine_socket: Path,
     targets: Sequence[Target] = (),
+    canaries: Mapping[str, str] | None = None,
     location: Location | None = None,
+    policy: PolicySource | None = None,
 ) -> None:
     """The same on a socket at hand, inside a running loop."""
-    async with real_services(config, engine_socket, targets, location) as services:
+    async with real_services(
+        config, engine_socket, targets, canaries, location, policy
+    ) as services:
         _collect_rarely()
         server = _Server(
             uvicorn.Config(
@@ -133,7 +144,9 @@ async def real_services(
     config: Config,
     engine_socket: Path,
     targets: Sequence[Target] = (),
+    canaries: Mapping[str, str] | None = None,
     location: Location | None = None,
+    policy: PolicySource | None = None,
 ) -> AsyncIterator[Services]:
     """Everything behind the gateway, closed in reverse order: engine, log, database."""
     # Loading numpy starts threads, and confining files must come before the first of them.
@@ -147,7 +160,10 @@ async def real_services(
         stack.push_async_callback(audit.close)
         engine = _engine(config, engine_socket, targets)
         stack.push_async_callback(engine.close)
-        guard = Guard.load(config.guard) if config.guard.enabled else None
+        guard = None
+        if config.guard.enabled:
+            guard = Guard.load(config.guard, canaries=canaries)
+        source = policy or policy_source.load(config)
         services = Services(
             config,
             engine,
@@ -157,6 +173,7 @@ async def real_services(
             PresetBook(database),
             WatchLedger(database),
             Prover(database, audit.verifier_key, known_witnesses(config.audit.witnesses)),
+            policy=await in_force(source, config, database, audit, stack),
         )
         stack.push_async_callback(services.watch.flush)
         yield services

@@ -20,11 +20,14 @@ from fortpoint.config import Config
 from fortpoint.engine.client import Engine
 from fortpoint.errors import ConfigError, NotFound, StorageError
 from fortpoint.features.watched import watched
+from fortpoint.gateway.conduct import Conduct
 from fortpoint.gateway.feature_watch import FeatureWatch, Ledger
 from fortpoint.gateway.limits import Places
 from fortpoint.gateway.metrics import Meter
 from fortpoint.gateway.models import Catalogue
-from fortpoint.types import Message, Reading, Role, Verdict
+from fortpoint.gateway.policy_in_force import PolicyParts
+from fortpoint.guard.policy_file import shipped_policy
+from fortpoint.types import Message, Reading, Review, Role, Verdict
 
 
 class Keys(Protocol):
@@ -39,11 +42,21 @@ class Audit(Protocol):
     async def append(self, entry: Entry, content: Content | None = None) -> Receipt: ...
 
 
+class AnswerJudge(Protocol):
+    """One answer as it grows. What it raises, whatever it is, closes the gate."""
+
+    def add(self, text: str, reading: Reading | None) -> None: ...
+
+    def review(self, *, final: bool) -> Review: ...
+
+
 class Judge(Protocol):
     """The guard. ``judge`` is pure and does not raise: a broken detector is ``failed``."""
 
     @property
     def detectors(self) -> tuple[str, ...]: ...
+
+    def answer(self, probes: Sequence[str] | None) -> AnswerJudge: ...
 
     def judge(
         self,
@@ -115,7 +128,8 @@ class NoPresets:
 class Services:
     """``guard`` is None exactly when the configuration turns the guard off.
 
-    ``ledger`` may be None only where nothing is watched; ``prover`` where the log is elsewhere.
+    ``ledger`` may be None only where nothing is watched; ``prover`` where the log is elsewhere;
+    ``policy`` where the shipped one holds and no account is watched.
     """
 
     config: Config
@@ -127,6 +141,8 @@ class Services:
     ledger: Ledger | None = None
     prover: Prover | None = None
     meter: Meter = field(default_factory=Meter)
+    policy: PolicyParts | None = None
+    conduct: Conduct = field(init=False)
     watch: FeatureWatch = field(init=False)
     places: Places = field(init=False)
     catalogue: Catalogue = field(init=False)
@@ -134,6 +150,9 @@ class Services:
     def __post_init__(self) -> None:
         if self.config.guard.enabled != (self.guard is not None):
             raise ConfigError("guard.enabled and the guard that was loaded do not agree")
+        parts = self.policy or PolicyParts(shipped_policy(self.config.guard.secrets), None, None)
+        conduct = Conduct(parts.loaded, parts.desk, parts.second_stage)
+        object.__setattr__(self, "conduct", conduct)
         watch = FeatureWatch(watched(self.config), self.ledger, self.meter)
         object.__setattr__(self, "watch", watch)
         object.__setattr__(self, "places", Places(self.config.server.max_concurrent_per_key))

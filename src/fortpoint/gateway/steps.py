@@ -15,10 +15,12 @@ from fortpoint.gateway.exchange import Exchange
 
 
 async def admit(request: Request[Any, Any, Any], exchange: Exchange) -> Principal:
-    """Name the principal and take one of its key's places."""
+    """Name the principal, refuse it while its account is closed, take one of its key's places."""
     services = exchange.services
     principal = await services.keys.authenticate(_bearer(request))
     exchange.principal = principal
+    if services.conduct.desk is not None and principal.role != "operator":
+        await services.conduct.desk.admit(principal.key_id, principal.user)
     exchange.resources.enter_context(services.places.take(principal.key_id))
     return principal
 

@@ -1,4 +1,4 @@
-"""Server-sent events: tokens leave as they come, the last event only after its audit entry.
+"""Server-sent events: tokens leave once they may, the last event only after its audit entry.
 
 A request that is refused or fails before its first token never gets here; its answer is a
 plain HTTP error. An error after the first token becomes one ``data: {"error": ...}`` event,
@@ -8,17 +8,17 @@ written by the edge, and the stream ends without ``[DONE]``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
 from litestar.types import Receive, Scope, Send
 
-from fortpoint.engine.protocol import Generate, Token
+from fortpoint.engine.protocol import Finished, Generate, Token
 from fortpoint.errors import EngineError
 from fortpoint.gateway import faults, record, wire
 from fortpoint.gateway.exchange import Exchange
-from fortpoint.gateway.generation import Choice, Opened, decode
+from fortpoint.gateway.generation import Choice, Opened, released
 from fortpoint.gateway.token_features import PromptTokenFeatures
 
 Next = Callable[[], Awaitable[Opened]]
@@ -71,6 +71,7 @@ class EventStream:
         self._form = form
         self._first = first
         self._later = later
+        self._wanted = wanted
         self._n = wanted.sampling.n
         self._watches = wanted.watch is not None
         self._detailed = self._watches or wanted.sampling.logprobs is not None
@@ -96,12 +97,16 @@ class EventStream:
     async def _chunks(self) -> AsyncIterator[bytes]:
         """Events as they can leave; the last closing piece waits for the audit entry."""
         held: object | None = None
-        async for piece, closes in self._pieces():
-            if held is not None:
-                yield self._event([held])
-            held = piece if closes else None
-            if not closes:
-                yield self._event([piece])
+        async for pieces in self._pieces():
+            events = []
+            for piece, closes in pieces:
+                if held is not None:
+                    events.append(self._event([held]))
+                held = piece if closes else None
+                if not closes:
+                    events.append(self._event([piece]))
+            if events:
+                yield b"".join(events)
         if held is None:
             raise EngineError("the engine ended this answer early")
         self._note_answer()
@@ -115,23 +120,25 @@ class EventStream:
         else:
             yield _data(self._form.chunk([held], msgspec.UNSET, note))
 
-    async def _pieces(self) -> AsyncIterator[tuple[object, bool]]:
-        """The pieces of all choices, and whether each closes its choice."""
+    async def _pieces(self) -> AsyncIterator[list[tuple[object, bool]]]:
+        """The pieces of all choices that may leave together, and whether each closes its choice."""
         for number in range(1 + len(self._later)):
             opened = self._first if number == 0 else await self._later[number - 1]()
             self._prompt_features.append(opened.prompt_features)
             base = number * self._n
             self._choices += [Choice() for _ in range(self._n)]
-            for index in range(base, base + self._n):
-                if (opening := self._form.opening(index)) is not None:
-                    yield opening, False
-            async for event in decode(self._exchange, opened.stream):
-                index = base + event.choice
-                if not isinstance(event, Token):
-                    yield self._form.closing(index, event.reason), True
-                elif event.text or self._detailed:
-                    self._choices[index].parts.append(event.text)
-                    yield self._form.piece(index, event), False
+            openings = [self._form.opening(index) for index in range(base, base + self._n)]
+            yield [(opening, False) for opening in openings if opening is not None]
+            async for ready in released(self._exchange, opened, self._wanted):
+                yield [piece for event in ready for piece in self._piece(base, event)]
+
+    def _piece(self, base: int, event: Token | Finished) -> Iterator[tuple[object, bool]]:
+        index = base + event.choice
+        if not isinstance(event, Token):
+            yield self._form.closing(index, event.reason), True
+        elif event.text or self._detailed:
+            self._choices[index].parts.append(event.text)
+            yield self._form.piece(index, event), False
 
     def _note_answer(self) -> None:
         self._exchange.answers([choice.text for choice in self._choices])
