@@ -20,16 +20,18 @@ TOKEN = "hvs.right"
 
 
 def model_folder(home: Path, name: str = "small", seed: int = 0) -> Path:
-    """About eleven chunks of 4 KiB in four files, one of them empty."""
+    """About twelve chunks of 4 KiB in four files, one of them empty."""
     folder = home / "models" / name
     folder.mkdir(parents=True)
     source = np.random.default_rng(seed)
     tensors = {
-        f"model.layers.{i}.mlp.up_proj.weight": source.normal(size=(48, 64)).astype(np.float32)
-        for i in range(3)
+        f"model.layers.0.mlp.{name}_proj.weight": source.normal(size=shape).astype(np.float32)
+        for name, shape in {"gate": (48, 64), "up": (48, 64), "down": (64, 48)}.items()
     }
+    tensors["model.embed_tokens.weight"] = np.ones((2, 64), np.float32)
     write(folder / "model.safetensors", tensors, "F32", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "seed": seed}))
+    config = {"num_attention_heads": 2, "hidden_size": 64, "seed": seed}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}" * 1000)
     (folder / "merges.txt").write_text("")
     write_manifest(folder, name, "tests/sealing.py", "Apache-2.0", 1_700_000_000)

@@ -11,7 +11,13 @@ from typer.testing import CliRunner, Result
 
 from fortpoint.audit.history import Recorded, recent
 from fortpoint.cli import vault
-from fortpoint.errors import ConfigError, KeyUnavailable, ModelError, SealBroken
+from fortpoint.errors import (
+    ConfigError,
+    KeyUnavailable,
+    LeaseRefused,
+    ModelError,
+    SealBroken,
+)
 from fortpoint.store.database import Database
 from fortpoint.vault.sealed_folder import SEALED_FILE
 from sealing import model_folder, passphrase
@@ -117,3 +123,98 @@ def test_list_names_what_is_sealed(home: Path) -> None:
 def test_name_that_is_none_is_refused(home: Path, command: str) -> None:
     for name in ("absent", "../small"):
         assert isinstance(run(command, name).exception, ModelError)
+
+
+def leased(*more: str) -> str:
+    """A new lease of the small model for this host."""
+    lease = output("lease", "issue", "small", "--holder", "Quay Labs", "--json", *more)
+    return str(json.loads(lease)["id"])
+
+
+def exported(home: Path, lease: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FORTPOINT_VAULT__PLAIN_EXPORT", "true")
+    output("open", "small", "--lease", lease, "--plain-export", str(home.parent / name))
+    return home.parent / name
+
+
+def test_leaked_copy_is_traced_to_its_lease_with_a_report(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output("seal", "small", "--remove-plain")
+    guilty, innocent = leased(), leased()
+    copy = exported(home, guilty, "copy", monkeypatch)
+    report = tmp_path / "report.md"
+    found = json.loads(
+        output("trace", str(copy), "--model", "small", "--report", str(report), "--json")
+    )
+    verdicts = {finding["lease"]: finding["identified"] for finding in found["findings"]}
+    assert verdicts == {guilty: True, innocent: False}
+    assert f"lease `{guilty}`, given to **Quay Labs**" in report.read_text()
+    surfaces = [entry.entry.surface for entry in recorded(home)]
+    assert surfaces.count("cli vault lease issue") == 2
+    assert {"cli vault open", "cli vault export", "cli vault trace"} <= set(surfaces)
+    table = output("trace", str(copy / "model.safetensors"), "--model", "small")
+    assert "IDENTIFIED" in table
+
+
+def test_commitment_is_in_the_log_before_any_release(home: Path) -> None:
+    output("seal", "small")
+    lease = json.loads(output("lease", "issue", "small", "--holder", "Quay Labs", "--json"))
+    entry = next(e.entry for e in recorded(home) if e.entry.surface == "cli vault lease issue")
+    assert lease["commitment"] in (entry.detail or "")
+
+
+def test_export_is_refused_unless_configured_and_on_a_lease(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output("seal", "small")
+    lease = leased()
+    target = ("--plain-export", str(home.parent / "copy"))
+    assert isinstance(run("open", "small", "--lease", lease, *target).exception, ConfigError)
+    monkeypatch.setenv("FORTPOINT_VAULT__PLAIN_EXPORT", "true")
+    assert isinstance(run("open", "small", *target).exception, ConfigError)
+    assert not (home.parent / "copy").exists()
+
+
+@pytest.mark.parametrize("why", ["revoked", "another host", "unknown"])
+def test_release_that_is_refused_is_recorded_with_its_reason(home: Path, why: str) -> None:
+    output("seal", "small")
+    lease = leased(*(("--host", "elsewhere") if why == "another host" else ()))
+    if why == "revoked":
+        output("lease", "revoke", lease)
+    wanted = "lease_" + "0" * 24 if why == "unknown" else lease
+    assert isinstance(run("open", "small", "--lease", wanted).exception, LeaseRefused)
+    refusal = next(e.entry for e in recorded(home) if e.entry.surface == "cli vault open")
+    assert "refused" in (refusal.detail or "")
+    states = json.loads(output("lease", "list", "--json"))
+    assert [state["releases"] for state in states] == [0]
+
+
+def test_release_is_counted_and_listed(home: Path) -> None:
+    output("seal", "small")
+    lease = leased()
+    output("open", "small", "--lease", lease)
+    assert json.loads(output("lease", "list", "--json"))[0]["releases"] == 1
+    assert "Quay" in output("lease", "list")
+
+
+def test_trace_of_a_stranger_names_nobody(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output("seal", "small")
+    leased()
+    other = model_folder(tmp_path / "other", "small", seed=9)
+    found = json.loads(output("trace", str(other), "--model", "small", "--json"))
+    assert [finding["identified"] for finding in found["findings"]] == [False]
+
+
+def test_trace_counts_no_lease_whose_key_was_not_committed(home: Path) -> None:
+    output("seal", "small")
+    leased()
+    path = home / "vault" / "leases.json"
+    leases = json.loads(path.read_text())
+    leases["leases"][0]["commitment"] = "00" * 32
+    path.write_text(json.dumps(leases))
+    result = run("trace", str(home / "models" / "small"), "--model", "small")
+    assert isinstance(result.exception, ModelError)
+    assert "no leases" in str(result.exception)

@@ -9,6 +9,7 @@ home/
     run/             sockets of running processes
     sealed/          models whose files are encrypted, with their wrapped keys
     serve.lock       held, and naming its process, while a server runs
+    vault/           leases, and the wrapped secret that their marks are made from
 """
 
 from __future__ import annotations

@@ -1,24 +1,34 @@
-"""``fortpoint vault``: seal weights, open them, wrap their keys anew.
+"""``fortpoint vault``: seal weights, open them on a lease, wrap their keys anew.
 
 Every act is recorded in the audit log before it is reported.
 """
 
 from __future__ import annotations
 
+import socket
+import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
 from fortpoint import config as configuration
+from fortpoint.cli import vault_lease
 from fortpoint.cli.progress import Progress
-from fortpoint.errors import ConfigError
+from fortpoint.cli.vault_home import digest_of, key_encryption, print_json, record
+from fortpoint.cli.vault_trace import trace
+from fortpoint.errors import ConfigError, LeaseRefused
 
 if TYPE_CHECKING:
     from fortpoint.config import Config
-    from fortpoint.vault.key_encryption import KeyEncryption
+    from fortpoint.vault.leases import Lease
+    from fortpoint.vault.open_sealed import SealedModel
 
-app = typer.Typer(help="Seal weights, and open them.", no_args_is_help=True)
+app = typer.Typer(help="Seal weights, lease marked copies, trace leaks.", no_args_is_help=True)
+app.add_typer(vault_lease.app, name="lease")
+app.command("trace")(trace)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="The model, as `fortpoint model list` names it.")]
@@ -38,7 +48,7 @@ def seal(
     from fortpoint.vault.seal import seal_model
 
     config = configuration.load()
-    kek = _kek(config)
+    kek = key_encryption(config)
     with Progress() as progress:
         home = config.home_path
         folder = seal_model(
@@ -47,11 +57,11 @@ def seal(
         with SealedModel.open(folder, kek) as model:  # before the plain files may go
             model.verify(lambda done, n: progress.update("verify", done, n))
             manifest = model.manifest
-    _record(config, "cli vault seal", f"model {name} under {kek.kind}", manifest.digest)
+    record(config, "cli vault seal", f"model {name} under {kek.kind}", manifest.digest)
     if remove_plain:
         remove_model(home, name)
     if as_json:
-        _print({"name": name, "digest": manifest.digest, "plain_removed": remove_plain})
+        print_json({"name": name, "digest": manifest.digest, "plain_removed": remove_plain})
     else:
         typer.echo(f"sealed {name}  {manifest.digest}")
         if not remove_plain:
@@ -59,23 +69,75 @@ def seal(
 
 
 @app.command("open")
-def open_model(name: Name, as_json: Json = False) -> None:
+def open_model(
+    name: Name,
+    lease: Annotated[
+        str | None, typer.Option("--lease", help="Release it on this lease: checked and counted.")
+    ] = None,
+    plain_export: Annotated[
+        Path | None,
+        typer.Option(
+            "--plain-export",
+            help="Write a copy marked for the lease; needs --lease and vault.plain_export.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Open a sealed model in memory and authenticate every byte; nothing is written."""
+    from fortpoint.vault.leases import FileLeases
     from fortpoint.vault.open_sealed import SealedModel
     from fortpoint.vault.sealed_folder import sealed_path
 
     config = configuration.load()
+    if plain_export is not None and (lease is None or not config.vault.plain_export):
+        raise ConfigError("--plain-export needs --lease, and vault.plain_export set to true")
+    held = _released(config, name, lease) if lease else None
+    store = FileLeases(config.home_path)
     with (
         Progress() as progress,
-        SealedModel.open(sealed_path(config.home_path, name), _kek(config)) as model,
+        store.hold(held.id) if held else nullcontext(),
+        SealedModel.open(sealed_path(config.home_path, name), key_encryption(config)) as model,
     ):
         model.verify(lambda done, n: progress.update("verify", done, n))
         manifest, n_bytes, files = model.manifest, model.n_bytes, model.names
-    _record(config, "cli vault open", f"model {name} verified", manifest.digest)
+        how = f" on {held.id}" if held else ""
+        record(config, "cli vault open", f"model {name}{how}, verified", manifest.digest)
+        if held:
+            store.update(msgspec.structs.replace(held, releases=held.releases + 1))
+        if held and plain_export:
+            _export(config, model, held, plain_export)
     if as_json:
-        _print({"name": name, "digest": manifest.digest, "bytes": n_bytes, "files": files})
+        print_json({"name": name, "digest": manifest.digest, "bytes": n_bytes, "files": files})
     else:
         typer.echo(f"{name}  {manifest.digest}\nEvery byte of {len(files)} files is as sealed.")
+
+
+def _released(config: Config, name: str, lease_id: str) -> Lease:
+    """The lease, if it is good for this model here and now; a refusal is recorded."""
+    from fortpoint.vault.leases import FileLeases, check
+
+    digest = digest_of(config, name)
+    try:
+        lease = FileLeases(config.home_path).get(lease_id)
+        check(lease, digest, socket.gethostname(), int(time.time()))
+    except LeaseRefused as error:
+        record(config, "cli vault open", f"model {name} refused: {error.message}", digest)
+        raise
+    return lease
+
+
+def _export(config: Config, model: SealedModel, lease: Lease, target: Path) -> None:
+    from fortpoint.vault import mark_master
+    from fortpoint.vault.export import export
+    from fortpoint.vault.leases import is_committed, mark_key
+
+    key = mark_key(
+        mark_master.load(config.home_path, key_encryption(config)), model.manifest.digest, lease.id
+    )
+    if not is_committed(lease, key):
+        raise LeaseRefused(f"{lease.id} was not made with this home's secret of marks")
+    record(config, "cli vault export", f"plain copy on {lease.id}", model.manifest.digest)
+    export(model, key, target.absolute(), lease.epsilon)
 
 
 @app.command()
@@ -85,16 +147,18 @@ def rotate(
     as_json: Json = False,
 ) -> None:
     """Wrap a model's key with what vault.key names now; the weights stay as they are."""
-    from fortpoint.vault.key_sources import key_encryption
-    from fortpoint.vault.sealed_folder import KeyRecord, sealed_path
+    from fortpoint.vault import key_sources, mark_master
     from fortpoint.vault.sealed_folder import rotate as rewrap
+    from fortpoint.vault.sealed_folder import sealed_path
 
     config = configuration.load()
-    folder, kek = sealed_path(config.home_path, name), _kek(config)
-    rewrap(folder, key_encryption(old, config.vault.transit_token), kek)
-    _record(config, "cli vault rotate", f"model {name} to {kek.kind}", KeyRecord.read(folder).model)
+    folder, kek = sealed_path(config.home_path, name), key_encryption(config)
+    before = key_sources.key_encryption(old, config.vault.transit_token)
+    mark_master.rotate(config.home_path, before, kek)
+    rewrap(folder, before, kek)
+    record(config, "cli vault rotate", f"model {name} to {kek.kind}", digest_of(config, name))
     if as_json:
-        _print({"name": name, "key": kek.kind})
+        print_json({"name": name, "key": kek.kind})
     else:
         typer.echo(f"{name} opens with {kek.kind} now, and with nothing else.")
 
@@ -106,38 +170,8 @@ def list_models(as_json: Json = False) -> None:
 
     models = list(list_sealed(configuration.load().home_path))
     if as_json:
-        _print([{"name": model.name, "digest": model.digest} for model in models])
+        print_json([{"name": model.name, "digest": model.digest} for model in models])
     for model in () if as_json else models:
         typer.echo(f"{model.name}  {model.digest}")
     if not models and not as_json:
         typer.echo("nothing is sealed; `fortpoint vault seal NAME` seals a model")
-
-
-def _kek(config: Config) -> KeyEncryption:
-    from fortpoint.vault.key_sources import key_encryption
-
-    if not config.vault.key:
-        raise ConfigError(
-            "vault.key is not set: name a passphrase file, the keyring or a key server, such as "
-            "FORTPOINT_VAULT__KEY=passphrase-file:/path"
-        )
-    return key_encryption(config.vault.key, config.vault.transit_token)
-
-
-def _record(config: Config, surface: str, detail: str, digest: str) -> None:
-    import asyncio
-
-    from fortpoint.cli import record
-    from fortpoint.home import Home
-
-    Home(config.home_path).make()
-
-    async def append() -> None:
-        async with record.opened(config.state_path) as (_, log):
-            await record.append(log, surface, detail, model_digest=digest)
-
-    asyncio.run(append())
-
-
-def _print(value: object) -> None:
-    typer.echo(msgspec.json.encode(value).decode())

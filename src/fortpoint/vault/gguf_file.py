@@ -164,10 +164,10 @@ def _write_weights(
     n_heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights: dict[str, Array] = {}
     for done, tensor in enumerate(reader.tensors, start=1):
-        name, kind = _checkpoint_name(tensor.name)
+        name, kind = checkpoint_name(tensor.name)
         weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float16)
         if kind in n_heads:
-            weight = _deinterleave(weight, n_heads[kind])
+            weight = deinterleave(weight, n_heads[kind])
         weights[name] = np.ascontiguousarray(weight)
         progress(done, len(reader.tensors))
     if "lm_head.weight" in weights:
@@ -176,7 +176,7 @@ def _write_weights(
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def _checkpoint_name(name: str) -> tuple[str, str]:
+def checkpoint_name(name: str) -> tuple[str, str]:
     """GGUF's tensor name in checkpoint form, and its kind (``attn_q``)."""
     stem, _, suffix = name.rpartition(".")
     if stem in _TOP:
@@ -188,7 +188,7 @@ def _checkpoint_name(name: str) -> tuple[str, str]:
     return f"model.layers.{int(layer)}.{_BLOCK[kind]}.{suffix}", kind
 
 
-def _deinterleave(weight: Array, n_heads: int) -> Array:
+def deinterleave(weight: Array, n_heads: int) -> Array:
     """Undo llama.cpp's rotary order: rows (head, pair, half) back to (head, half, pair)."""
     rows, d_in = weight.shape
     pairs = rows // n_heads // 2

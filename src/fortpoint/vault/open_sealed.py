@@ -21,7 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,13 +30,12 @@ from fortpoint.vault.layout import MAX_TEXT_BYTES
 from fortpoint.vault.model_folder import Manifest
 from fortpoint.vault.seal_format import TAG_BYTES, ChunkCipher, Envelope, read_envelope
 from fortpoint.vault.sealed_folder import SEALED_FILE, KeyRecord
-from fortpoint.vault.tensor_file import Floats, Shape, TensorFile
+from fortpoint.vault.tensor_file import TensorFile
+from fortpoint.vault.tensor_files import TensorFiles, weight_files
 
 Bytes = NDArray[np.uint8]
 
 _THREADS = 2
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 
 
 class SealedModel:
@@ -185,46 +183,9 @@ class _Source:
         return self._model.read(self.name, start, n_bytes)
 
 
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
-
-
-class SealedCheckpoint:
+class SealedCheckpoint(TensorFiles):
     """Tensors of an open model by name, as ``engine/checkpoint.py`` gives them."""
 
     def __init__(self, model: SealedModel) -> None:
-        self._files: dict[str, TensorFile] = {}
-        for file in _tensor_files(model):
-            tensors = TensorFile(_Source(model, file))
-            self._files |= dict.fromkeys(tensors.names, tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._files)
-
-    def shape(self, name: str) -> Shape:
-        return self._file(name).shape(name)
-
-    def get(self, name: str, shape: Shape | None = None) -> Floats:
-        """The tensor as float32, an array of its own; ``shape`` where it must be that."""
-        file = self._file(name)
-        return file.get(name, file.shape(name) if shape is None else shape)
-
-    def _file(self, name: str) -> TensorFile:
-        if name not in self._files:
-            raise ModelError(f"the weights lack {name[:64]}")
-        return self._files[name]
-
-
-def _tensor_files(model: SealedModel) -> list[str]:
-    """Where there are both, the single file counts, as in transformers."""
-    if _SINGLE in model.names:
-        return [_SINGLE]
-    try:
-        index = msgspec.json.decode(model.read_file(_INDEX), type=_Index)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise ModelError(f"{_INDEX} is damaged") from None
-    return sorted(set(index.weight_map.values()))
+        files = weight_files(model.names, model.read_file)
+        super().__init__([TensorFile(_Source(model, name)) for name in files])

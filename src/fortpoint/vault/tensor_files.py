@@ -1,0 +1,76 @@
+"""Tensors by name over one safetensors file or several; ``fingerprint.Weights``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from fortpoint.errors import ModelError
+from fortpoint.vault.layout import MAX_TEXT_BYTES
+from fortpoint.vault.tensor_file import Floats, Shape, TensorFile
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+class TensorFiles:
+    """Where a name is in several files, the last counts."""
+
+    def __init__(self, files: Sequence[TensorFile]) -> None:
+        self._files = {name: file for file in files for name in file.names}
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Self:
+        """A plain model's; its files' digests are checked elsewhere. Raises ``ModelError``."""
+        names = [path.name for path in folder.iterdir()]
+        files = weight_files(names, lambda name: _small(folder / name))
+        return cls([TensorFile(folder / name) for name in files if name in names])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> Shape:
+        return self._file(name).shape(name)
+
+    def dtype(self, name: str) -> str:
+        """As the file holds it: ``F16``."""
+        return self._file(name).dtype(name)
+
+    def get(self, name: str, shape: Shape | None = None) -> Floats:
+        """The tensor as float32, an array of its own; ``shape`` where it must be that."""
+        file = self._file(name)
+        return file.get(name, file.shape(name) if shape is None else shape)
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            raise ModelError(f"the weights lack {name[:64]}")
+        return self._files[name]
+
+
+def weight_files(names: Sequence[str], read: Callable[[str], bytes]) -> list[str]:
+    """Where there are both, the single file counts, as in transformers."""
+    if SINGLE in names:
+        return [SINGLE]
+    if INDEX not in names:
+        raise ModelError(f"the model has neither {SINGLE} nor {INDEX}")
+    try:
+        index = msgspec.json.decode(read(INDEX), type=_Index)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ModelError(f"{INDEX} is damaged") from None
+    return sorted(set(index.weight_map.values()))
+
+
+def _small(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_TEXT_BYTES)
