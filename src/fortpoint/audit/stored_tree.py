@@ -63,5 +63,5 @@ class StoredTree:
             if height:
                 limits["at_height"] = height
             rows = self._connection.execute(_NODES if height else _LEAVES, limits)
-            found = self._blocks[height, block] = [bytes(row[0]) for row in rows]
+            found = self._blocks[height, block] = list(rows.scalars())
         return found

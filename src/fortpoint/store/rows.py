@@ -22,13 +22,26 @@ def add_rows(
 ) -> None:
     """Insert them in the transaction of ``connection``; values are in the order of ``columns``.
 
+    Values are as the driver takes them: numbers, texts, bytes, None.
+
     Raises ``StorageError``, or SQLAlchemy's errors, which ``Database`` turns into it.
     """
     if connection.dialect.name == "postgresql" and len(rows) >= _COPY_FROM:
         _copy(connection, table, columns, rows)
         return
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(_sqlite_insert(table, columns), list(rows))
+        return
     named = [dict(zip(columns, row, strict=True)) for row in rows]
     connection.execute(_insert(table), named)
+
+
+@cache
+def _sqlite_insert(table: Table, columns: tuple[str, ...]) -> str:
+    # As the driver takes them: values that are given need no preparation, row by row.
+    names = ", ".join(f'"{column}"' for column in columns)
+    marks = ", ".join("?" for _ in columns)
+    return f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})'  # noqa: S608 - names of ours
 
 
 @cache
