@@ -99,15 +99,15 @@ def _layers(text: str) -> Iterator[tuple[str, list[Span]]]:
         text = _replaced(text, hidden)
     text = folded(text)
     for _ in range(MAX_LAYERS):
-        spans = _spans(text)
+        spans = coded(text)
         if not spans:
             return
         yield text, spans
         text = _replaced(text, spans)
 
 
-def _spans(text: str) -> list[Span]:
-    """Disjoint decoded parts, in order."""
+def coded(text: str) -> list[Span]:
+    """The parts of a text that are written in code, disjoint and in order; one layer deep."""
     claimed: list[Span] = []
     taken = bytearray(len(text))
     for decoder in _DECODERS:
