@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from peers import figures
 
@@ -208,7 +209,8 @@ def _crossed(rows: Sequence[Row], features: Features, task: str) -> Float64:
         weight = weighting.weights(examples, y, side)
         kept = weight > 0
         model = LogisticRegression(C=_C, max_iter=60)
-        model.fit(features[kept], y[kept], sample_weight=weight[kept] * kept.sum())
+        with threadpool_limits(1):  # small products: two threads mostly wait for one another
+            model.fit(features[kept], y[kept], sample_weight=weight[kept] * kept.sum())
         scores[left_out] = model.decision_function(features[left_out])
     return scores
 
