@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fortpoint.audit.checkpoint import VerifierKey
 from fortpoint.audit.merkle import Frontier
 from fortpoint.audit.signing_key import load_or_create, load_public
 from fortpoint.audit.verify import verify
@@ -63,3 +64,19 @@ def test_history_signed_anew_with_the_same_key_is_refused_by_a_kept_checkpoint(
         verify(home / "fortpoint.db", key, kept=key.open_checkpoint(note))
     (tmp_path / "kept").write_bytes(note)
     assert run_script(home, "--checkpoint", str(tmp_path / "kept")).returncode == 1
+
+
+def test_progress_reaches_the_end(home: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    verify(
+        home / "fortpoint.db",
+        load_public(home),
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (SIZE, SIZE)
+
+
+def test_key_of_another_log_refuses(home: Path) -> None:
+    key = VerifierKey.parse("PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW")
+    with pytest.raises(VerificationError, match="no signature by the log's key"):
+        verify(home / "fortpoint.db", key)
