@@ -169,7 +169,9 @@ def _server(url: URL) -> Server:
     try:
         return Server(url)
     except ModuleNotFoundError:
-        raise StorageError("PostgreSQL needs its driver: pip install 'fortpoint[postgresql]'") from None
+        raise StorageError(
+            "PostgreSQL needs its driver: pip install 'fortpoint[postgresql]'"
+        ) from None
 
 
 @contextmanager
