@@ -207,7 +207,7 @@ _LIMITS = """\
 ## What it does not do
 
 - It is English first. Other languages are seen in a few hundred rows.
-- Encodings (base64, ROT, leetspeak, spaced letters) are not decoded by these detectors.
+- Encodings are not decoded by these detectors: `guard/obfuscation/` decodes a text before them.
 - An order inside a document that reads like any ordinary request is hardly found: see bipia,
   injecagent and asb_agent_security_bench above.
 - An attacker who may try many wordings will find one that passes.
