@@ -202,3 +202,12 @@ def test_metrics_with_a_torn_last_line_are_read_up_to_it(tmp_path: Path) -> None
     with (tmp_path / checkpoint.METRICS).open("a") as file:
         file.write(json.dumps({"step": 100})[:5])
     assert list(checkpoint.read_metrics(tmp_path)) == [line]
+
+
+@pytest.mark.parametrize(("beside", "share"), [("", 1.0), ("1", 1.0), ("2", 0.5), ("many", 1.0)])
+def test_processes_of_one_machine_share_its_cores(
+    beside: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert run.own_threads() == 8 * share

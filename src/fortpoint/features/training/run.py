@@ -77,6 +77,13 @@ def processes() -> Iterator[Group]:
         distributed.destroy_process_group()
 
 
+def own_threads() -> int:
+    """This process's share of the machine's cores, among those that torch's launcher started."""
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    n_processes = int(beside) if beside.isascii() and beside.isdigit() else 1
+    return max(1, (os.cpu_count() or 1) // max(1, n_processes))
+
+
 def plan_run(
     store: ActivationStore, layer: int, settings: Settings, n_held_out: int, n_ranks: int = 1
 ) -> Run:
@@ -121,7 +128,7 @@ def train(
         group.rank,
         group.size,
     )
-    trainer = Trainer(settings, store.plan.d_model, run.n_steps, group.reduce)
+    trainer = Trainer(settings, store.plan.d_model, run.n_steps, group.reduce, own_threads())
     _restore(folder, run, trainer, batches, group)
     meter = _Meter(folder if group.leads else None, trainer, group.size)
     last_saved = time.monotonic()
