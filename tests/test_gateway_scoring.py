@@ -47,16 +47,19 @@ async def test_score_sums_the_continuations_tokens(
     )
 
 
-async def test_score_is_recorded_and_not_judged(bench: Bench, operator: httpx.AsyncClient) -> None:
+async def test_score_is_judged_by_its_words_recorded_and_not_refused(
+    bench: Bench, operator: httpx.AsyncClient
+) -> None:
     ask = {"model": MODEL, "prompt": ATTACK, "continuation": "Sure."}
     answer = (await operator.post(_PATH, json=ask)).json()
 
     (entry,) = bench.audit.entries
     assert (entry.kind, entry.surface, entry.status) == ("admin", _PATH, 200)
-    assert (entry.verdict, entry.usage.prompt) == (None, 4)
+    assert entry.verdict is not None
+    assert (entry.verdict.action, entry.usage.prompt) == ("flag", 4)
     assert entry.response_sha256 is not None
     assert answer["fortpoint"]["audit"]["index"] == 0
-    assert bench.guard.judged == []
+    assert [messages[-1].content for messages in bench.guard.judged] == ["Sure."]
 
 
 async def test_score_after_an_empty_prompt_is_asked_of_the_engine(

@@ -28,6 +28,7 @@ from fortpoint.engine.protocol import Describe, Generate, Proceed
 from fortpoint.errors import EngineError
 from fortpoint.store.database import Database
 from fortpoint.store.tables import audit_entries
+from fortpoint.supervisor import GATEWAY_ENVIRONMENT
 
 _TOKENS = tuple(f" {number}" for number in range(40))
 
@@ -104,6 +105,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
                 *("--config", msgspec.json.encode(config).decode()),
             ],
             pass_fds=[listener.fileno()],
+            env={**os.environ, **GATEWAY_ENVIRONMENT},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -53,7 +53,7 @@ _ENGINE_MALLOC = {
 }
 
 # Small vectors only: a second BLAS thread would cost memory and buy nothing.
-_GATEWAY_ENV = {"OPENBLAS_NUM_THREADS": "1"}
+GATEWAY_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 
 # Where the certificates lie that upstreams are verified with.
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -148,7 +148,7 @@ def gateway_child(config: Config, home: Home, listener: socket.socket) -> Child:
         *("--socket-fd", str(listener.fileno()), "--engine-socket", str(home.engine_socket)),
         *("--parent-pid", str(os.getpid()), "--config", msgspec.json.encode(config).decode()),
     )
-    environment = _environment() | _GATEWAY_ENV | _environment(address_variable(config))
+    environment = _environment() | GATEWAY_ENVIRONMENT | _environment(address_variable(config))
     environment |= _environment(canary_variables(config.guard.canaries))
     if second_stage := policy_source.variables(config):
         environment |= _environment((*_CERTIFICATES, *second_stage))
