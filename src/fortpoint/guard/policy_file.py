@@ -113,7 +113,25 @@ def schema() -> dict[str, Any]:
     for part in described["$defs"].values():
         if "description" in part:
             part["description"] = " ".join(part["description"].split())
-    return {"$schema": SCHEMA_ID, "title": "Fort Point guard policy", **described}
+    whole = {"$schema": SCHEMA_ID, "title": "Fort Point guard policy", **described}
+    ordered: dict[str, Any] = _ordered(whole)
+    return ordered
+
+
+def _ordered(part: Any) -> Any:
+    """Alternatives in one order, and whole numbers as such: of types that are equal, ``typing``
+    gives the one that it met first."""
+    if isinstance(part, float) and part.is_integer():
+        return int(part)
+    if isinstance(part, list):
+        return [_ordered(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    made = {name: _ordered(each) for name, each in part.items()}
+    for name in ("enum", "anyOf"):
+        if isinstance(made.get(name), list):
+            made[name] = sorted(made[name], key=msgspec.json.encode)
+    return made
 
 
 class _Lines:
