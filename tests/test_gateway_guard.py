@@ -234,9 +234,11 @@ async def test_moderation_with_a_failed_guard_is_an_error(
 
 def test_join_takes_the_graver_action_and_the_highest_scores() -> None:
     low = Verdict("allow", None, (Score("a", 0.1, 0.5, Role.USER, False),))
-    high = Verdict("block", "a", (Score("a", 0.9, 0.5, Role.TOOL, True),))
+    high = Verdict("block", "a", (Score("a", 0.9, 0.5, Role.USER, True),))
+    tool = Verdict("allow", None, (Score("a", 0.2, 0.5, Role.TOOL, False),))
 
     assert join(low, high) == join(high, low) == high
+    assert join(high, tool) == Verdict("block", "a", (*high.scores, *tool.scores))
 
 
 async def test_stream_blocked_in_a_later_prompt_ends_with_an_error_event(

@@ -90,6 +90,11 @@ class Score(msgspec.Struct, frozen=True):
     form: str | msgspec.UnsetType = msgspec.UNSET
 
 
+def rank(score: Score) -> tuple[bool, float]:
+    """What makes one score of a detector count before another."""
+    return score.flagged, score.score
+
+
 Action = Literal["allow", "flag", "redact", "block", "failed"]
 """What is done about a text, from the mildest to the gravest."""
 
@@ -106,7 +111,8 @@ class Verdict(msgspec.Struct, frozen=True):
 
     ``flag`` lets it pass and says so in the record; ``redact`` lets an answer pass without what
     was found in it. ``failed`` is never a pass: the request is refused with ``guard_failed``.
-    ``scores`` has the highest score of each detector; ``detector`` names the one that decided.
+    ``scores`` has each detector's highest score of each role, since a policy may ask less of a
+    tool than of a user; ``detector`` names the one that decided.
     ``turns`` has the user's messages one by one, where a guard says so; no record holds it.
     """
 
@@ -114,6 +120,13 @@ class Verdict(msgspec.Struct, frozen=True):
     detector: str | None
     scores: tuple[Score, ...]
     turns: tuple[Turn, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    def strongest(self) -> dict[str, Score]:
+        """Each detector's highest score, whosever words it found."""
+        found: dict[str, Score] = {}
+        for score in self.scores:
+            found[score.detector] = max(found.get(score.detector, score), score, key=rank)
+        return found
 
 
 class Found(msgspec.Struct, frozen=True):

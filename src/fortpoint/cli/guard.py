@@ -113,15 +113,15 @@ async def _answer(
         return {"id": identity, "scores": {}, "verdict": "failed", "error": error.message}
     return {
         "id": identity,
-        "scores": {score.detector: score.score for score in verdict.scores},
+        "scores": {name: score.score for name, score in verdict.strongest().items()},
         "verdict": verdict.action,
         "detectors": {
-            score.detector: {
+            name: {
                 "threshold": score.threshold,
                 "role": score.role,
                 "flagged": score.flagged,
             }
-            for score in verdict.scores
+            for name, score in verdict.strongest().items()
         },
     }
 

@@ -158,7 +158,7 @@ class Exchange:
         if self.receipt is not None:
             audited = wire.Audited(self.receipt.index, self.receipt.leaf_hash)
         if self.verdict is not None:
-            scores = {score.detector: score.score for score in self.verdict.scores}
+            scores = {name: score.score for name, score in self.verdict.strongest().items()}
             judged = wire.Judged(self.verdict.action, self.verdict.detector, scores)
         return wire.Note(self.request_id, audited, judged)
 

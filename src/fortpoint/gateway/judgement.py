@@ -24,7 +24,7 @@ from fortpoint.access.keys import Principal
 from fortpoint.errors import ContentBlocked, GuardFailed, Unsupported
 from fortpoint.gateway.exchange import Exchange
 from fortpoint.gateway.services import AnswerJudge, Judge
-from fortpoint.types import Action, Message, Reading, Review, Role, Score, Verdict
+from fortpoint.types import Action, Message, Reading, Review, Role, Score, Verdict, rank
 
 _T = TypeVar("_T")
 
@@ -119,13 +119,13 @@ def trusted_roles(principal: Principal | None) -> frozenset[Role]:
 
 
 def join(first: Verdict, second: Verdict) -> Verdict:
-    """One verdict for several texts: the graver action, each detector's highest score."""
+    """One verdict for several texts: the graver action, each detector's highest score of each
+    role."""
     graver = max(first, second, key=lambda verdict: _severity(verdict.action))
-    highest: dict[str, Score] = {}
+    highest: dict[tuple[str, Role], Score] = {}
     for score in (*first.scores, *second.scores):
-        known = highest.get(score.detector)
-        if known is None or (score.flagged, score.score) > (known.flagged, known.score):
-            highest[score.detector] = score
+        place = score.detector, score.role
+        highest[place] = max(highest.get(place, score), score, key=rank)
     return Verdict(graver.action, graver.detector, tuple(highest.values()))
 
 

@@ -66,7 +66,7 @@ def written(verdict: Verdict) -> Moderation:
     """One result. ``flagged`` is what the gate would have refused."""
     flags: dict[str, bool] = {}
     scores: dict[str, float] = {}
-    for score in verdict.scores:
+    for score in verdict.strongest().values():
         for name in (score.detector, _ALSO_CALLED.get(score.detector)):
             if name is not None:
                 flags[name] = score.flagged

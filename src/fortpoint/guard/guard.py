@@ -37,7 +37,7 @@ from fortpoint.guard.detector import CombinedDetector, Detector, Passage
 from fortpoint.guard.linear_probe import Readout, aggregate
 from fortpoint.guard.obfuscation.forms import forms
 from fortpoint.guard.text_model import TextModel
-from fortpoint.types import Message, Reading, Role, Score, Turn, Verdict
+from fortpoint.types import Message, Reading, Role, Score, Turn, Verdict, rank
 
 ARTEFACTS = Path(__file__).parent / "artefacts"
 
@@ -114,15 +114,6 @@ class Guard:
     def detectors(self) -> tuple[str, ...]:
         return tuple(detector.name for detector in self._detectors)
 
-    @property
-    def public_thresholds(self) -> dict[str, float]:
-        """Detector to the score that blocks a user's text, with a reading."""
-        return {
-            d.name: self._thresholds.get(d.name, d.calibration.tail.threshold)
-            for d in self._detectors
-            if isinstance(d, CombinedDetector)
-        }
-
     def answer(self, probes: Sequence[str] | None) -> Answer:
         """Begin to judge one answer, whose tokens' readings have these ``probes``; None judges
         its text alone. Raises ``GuardFailed`` when this guard was not made to judge answers."""
@@ -138,7 +129,7 @@ class Guard:
     ) -> Verdict:
         """The verdict on these messages. Does not raise: what cannot be judged is ``failed``."""
         failing = self._detectors[0].name if self._detectors else "guard"
-        best: dict[str, Score] = {}
+        best: dict[tuple[str, Role], Score] = {}
         turns: dict[int, dict[str, Score]] = {}
         try:
             readout = self._readout(reading)
@@ -149,17 +140,20 @@ class Guard:
                     if failing in _WATCHED[unit.role]:
                         for passage in passages:
                             score = self._score(detector, unit.role, passage)
-                            best[failing] = max(best.get(failing, score), score, key=_rank)
+                            place = failing, unit.role
+                            best[place] = max(best.get(place, score), score, key=rank)
                             if unit.is_turn:
                                 turn = turns.setdefault(unit.messages[0], {})
-                                turn[failing] = max(turn.get(failing, score), score, key=_rank)
+                                turn[failing] = max(turn.get(failing, score), score, key=rank)
         except (FortPointError, ArithmeticError, LookupError, TypeError, ValueError):
             return Verdict("failed", failing, ())
-        scores = tuple(best[name] for name in self.detectors if name in best)
+        scores = tuple(
+            best[name, role] for name in self.detectors for role in Role if (name, role) in best
+        )
         flagged = [score for score in scores if score.flagged]
         alone = tuple(Turn(at, tuple(turn.values())) for at, turn in turns.items()) or UNSET
         if flagged:
-            return Verdict("block", max(flagged, key=_rank).detector, scores, alone)
+            return Verdict("block", max(flagged, key=rank).detector, scores, alone)
         return Verdict("allow", None, scores, alone)
 
     def _readout(self, reading: Reading | None) -> Readout | None:
@@ -238,7 +232,3 @@ def _is_cut(messages: Sequence[Message], said: Sequence[int]) -> bool:
 
 def _named(readout: Readout, values: Float32) -> dict[str, float]:
     return {name: float(values[column]) for name, column in readout.probes.items()}
-
-
-def _rank(score: Score) -> tuple[bool, float]:
-    return score.flagged, score.score
