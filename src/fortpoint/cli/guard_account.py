@@ -113,11 +113,11 @@ async def _opened() -> AsyncIterator[tuple[AccountLedger, AccountPolicy]]:
     from fortpoint.cli.guard_policy import current
     from fortpoint.config import load
     from fortpoint.guard.account_ledger import AccountLedger
-    from fortpoint.store.database import Database
+    from fortpoint.store.location import locate
 
     config = load()
     policy = current(config.guard.policy)
-    database = Database.in_home(config.state_path)
+    database = locate(config).open()
     try:
         await database.migrate()
         yield AccountLedger(database), policy.policy.account
