@@ -12,7 +12,6 @@ of the same model back; the engine's lease names the model's digest, which that 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,13 +84,6 @@ def rotate(folder: Path, old: KeyEncryption, new: KeyEncryption) -> None:
     """Wrap the model's key under ``new``. Where that fails, ``old`` still opens it."""
     record = KeyRecord.read(folder)
     KeyRecord.wrap(record.unwrap(old), record.model, new).write(folder)
-
-
-def remove_sealed(folder: Path) -> None:
-    """Delete a sealed model and its wrapped key."""
-    if not (folder / KEY_FILE).is_file():
-        raise ModelError(f"no sealed model {folder.name!r} here")
-    shutil.rmtree(folder)
 
 
 def _context(digest: str) -> bytes:

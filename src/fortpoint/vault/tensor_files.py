@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Self
 
 import msgspec
 
 from fortpoint.errors import ModelError
-from fortpoint.vault.layout import MAX_TEXT_BYTES
 from fortpoint.vault.tensor_file import Floats, Shape, TensorFile
 
 SINGLE = "model.safetensors"
@@ -25,13 +22,6 @@ class TensorFiles:
 
     def __init__(self, files: Sequence[TensorFile]) -> None:
         self._files = {name: file for file in files for name in file.names}
-
-    @classmethod
-    def in_folder(cls, folder: Path) -> Self:
-        """A plain model's; its files' digests are checked elsewhere. Raises ``ModelError``."""
-        names = [path.name for path in folder.iterdir()]
-        files = weight_files(names, lambda name: _small(folder / name))
-        return cls([TensorFile(folder / name) for name in files if name in names])
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -69,8 +59,3 @@ def weight_files(names: Sequence[str], read: Callable[[str], bytes]) -> list[str
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise ModelError(f"{INDEX} is damaged") from None
     return sorted(set(index.weight_map.values()))
-
-
-def _small(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(MAX_TEXT_BYTES)

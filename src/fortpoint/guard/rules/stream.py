@@ -39,13 +39,6 @@ class Released(NamedTuple):
     findings: tuple[Finding, ...]
     start: int
 
-    @property
-    def before_finding(self) -> str:
-        """The part of the text that stands before the first finding."""
-        if not self.findings:
-            return self.text
-        return self.text[: max(self.findings[0].start - self.start, 0)]
-
 
 class SecretScanner:
     """One stream's state: the text that waits, and one character before it."""
