@@ -6,14 +6,13 @@ Everything is inside the file: no script, nothing from elsewhere.
 from __future__ import annotations
 
 import html
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fortpoint import plot
 from fortpoint.errors import StorageError
 from fortpoint.features.training.checkpoint import Measured, Run, write_whole
 from fortpoint.features.training.measure import Losses, Passed
@@ -126,7 +125,7 @@ def _learning(metrics: Sequence[Measured]) -> str:
         axes.set_title("tokens a second")
 
     plots = (explained, sparsity, dead, speed)
-    return "".join(_plot(draw, "million tokens") for draw in plots)
+    return "".join(plot.svg(draw, "million tokens") for draw in plots)
 
 
 def _features(passed: Passed) -> str:
@@ -140,20 +139,4 @@ def _features(passed: Passed) -> str:
         axes.hist(passed.maximum[passed.maximum > 0], bins=60, color="#4a7c59")
         axes.set_title("largest activation of each feature")
 
-    return _plot(density, "log10 frequency") + _plot(maxima, "activation")
-
-
-def _plot(draw: Callable[[Any], None], label: str) -> str:
-    """One small picture as SVG."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fortpoint", "font.size": 9}):
-        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
-        target = io.StringIO()
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r"^.*?(?=<svg)", "", target.getvalue(), flags=re.DOTALL)
+    return plot.svg(density, "log10 frequency") + plot.svg(maxima, "activation")

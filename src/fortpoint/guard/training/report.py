@@ -6,12 +6,10 @@ Everything is inside the file: no script, nothing from elsewhere. Every score is
 from __future__ import annotations
 
 import html
-import io
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fortpoint import plot
 from fortpoint.errors import InvalidRequest, StorageError
 from fortpoint.guard.training.examples import BENIGN
 from fortpoint.guard.training.figures import ATTACK, Rate, auroc, cut
@@ -237,7 +236,7 @@ def _plots(scores: Scores, found: Figures) -> Iterator[str]:
             axes.legend(frameon=False, loc="lower right")
             axes.set_title(f"{name}: share caught")
 
-        yield _plot(draw, "share of benign texts above the threshold")
+        yield plot.svg(draw, "share of benign texts above the threshold", 3.4)
 
 
 def _roc(positive: Float64, negative: Float64) -> tuple[Float64, Float64]:
@@ -246,22 +245,6 @@ def _roc(positive: Float64, negative: Float64) -> tuple[Float64, Float64]:
     above = 1 - np.searchsorted(np.sort(negative), edges) / len(negative)
     caught = 1 - np.searchsorted(np.sort(positive), edges) / len(positive)
     return np.append(above, 0.0), np.append(caught, 0.0)
-
-
-def _plot(draw: Callable[[Any], None], label: str) -> str:
-    """One small picture as SVG."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fortpoint", "font.size": 9}):
-        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
-        target = io.StringIO()
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r"^.*?(?=<svg)", "", target.getvalue(), flags=re.DOTALL)
 
 
 def _family_table(curve: Curve) -> str:
